@@ -1,0 +1,285 @@
+"""A checkpoint, ready to draw and to answer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from jflow import checkpoints, flow, images, prompts, rng
+from jflow.inference.image import decode_latents, encode_pixels, initial_noise, sample_latents
+from jflow.inference.text import decode, prefill
+from jflow.models.janusflow import JanusFlow, JanusFlowConfig
+from jflow.models.layers import Precision
+from jflow.models.llama import unstack_layers
+from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.samplers import SOLVERS
+
+# Prompts are padded to a multiple of this, so that most runs share their compiled programs.
+PROMPT_BUCKET = 64
+# Answers are decoded this many tokens at a time, between two looks at the terminal.
+DECODE_CHUNK = 8
+# The VAE's activations are the largest of all: it decodes this many images at a time.
+VAE_BATCH = 4
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How to sample images.
+
+    steps: solver steps. guidance_scale: w; 1 leaves the unconditional half out. seed: the noise of
+    image i of any prompt is drawn from (seed, i). solver: a name in samplers.SOLVERS. shift,
+    official_rounding: see flow.time_grid. guidance_interval: t in [low, high] with guidance, None
+    for always. strength: in (0, 1], how much of the way from an initial image to noise to go back.
+    """
+
+    steps: int = 30
+    guidance_scale: float = 2.0
+    seed: int = 0
+    solver: str = "euler"
+    shift: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    official_rounding: bool = False
+    strength: float = 1.0
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"Unknown solver {self.solver!r}: choose from {', '.join(SOLVERS)}.")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength must be in (0, 1], not {self.strength}.")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"The guidance interval must be 0 <= low <= high <= 1, not {low} to {high}."
+                )
+
+    def grid(self) -> flow.TimeGrid:
+        steps = max(1, round(self.steps * self.strength)) if self.steps > 0 else self.steps
+        return flow.time_grid(steps, 1 - self.strength, self.shift, self.official_rounding)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How to answer. temperature 0 takes the likeliest token; otherwise tokens are drawn from the
+    nucleus of probability top_p, with keys folded from (seed, the question's id, token)."""
+
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, and is {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that ends with an open turn of the assistant.
+
+    images stand in the order of their placeholders; id is what sampling folds into its keys.
+    """
+
+    messages: tuple[prompts.Message, ...]
+    images: tuple[Image.Image, ...] = ()
+    id: int = 0
+
+
+def pad_rows(rows: Sequence[np.ndarray], multiple: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows of different length -> [B, T] padded at the right with T a multiple, and [B]."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.full((len(rows), -(-lengths.max() // multiple) * multiple), fill, np.int32)
+    for row, target in zip(rows, tokens, strict=True):
+        target[: len(row)] = row
+    return tokens, lengths
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Model, parameters and tokenizer of one checkpoint; `from_checkpoint` makes it."""
+
+    model: JanusFlow
+    vae: AutoencoderKL | None
+    params: dict  # {"janusflow": ..., "vae": ...}
+    tokenizer: prompts.Tokenizer
+    processor: images.ImageProcessor
+
+    @classmethod
+    def from_checkpoint(
+        cls, path: str | Path, dtype: jnp.dtype = jnp.float32, scan_layers: bool = True
+    ) -> "Pipeline":
+        """Loads a checkpoint folder that jflow.convert or train.py wrote.
+
+        Args:
+          dtype: of parameters and matrix products; norms, softmax and the ODE stay float32.
+          scan_layers: True compiles faster, False decodes answers faster (see Llama).
+
+        Raises FileNotFoundError or ValueError in one sentence for what is no such checkpoint.
+        """
+        params, config, files = checkpoints.load_checkpoint(path, dtype=dtype)
+        precision = Precision(param=dtype, compute=dtype)
+        model_config = JanusFlowConfig.from_hf(config["janusflow"], config.get("siglip"))
+        vae = None
+        if config.get("vae") is not None:
+            vae = AutoencoderKL(VAEConfig.from_hf(config["vae"]), dtype=dtype, param_dtype=dtype)
+        if not scan_layers:
+            language = params["janusflow"].pop("language_model")
+            params["janusflow"]["language_model"] = unstack_layers(language)
+        return cls(
+            model=JanusFlow(model_config, precision, scan_layers),
+            vae=vae,
+            params=params,
+            tokenizer=prompts.Tokenizer.from_files(files),
+            processor=images.ImageProcessor.from_files(files),
+        )
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of the latents of an image of the model's resolution."""
+        self._require_vae()
+        side = self.model.config.siglip.image_size // self.vae.config.downscale
+        return side, side, self.model.config.gen_encoder.input_channels
+
+    def _require_vae(self):
+        if self.vae is None:
+            raise ValueError(
+                "This checkpoint has no VAE, which generation needs: convert it again with "
+                "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
+            )
+
+    def generate(
+        self,
+        texts: Sequence[str],
+        num: int,
+        options: ImageOptions = ImageOptions(),
+        batch_size: int = 8,
+        init_image: Image.Image | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Draws images 0 .. num - 1 of every prompt, batch by batch.
+
+        Each image depends on its (prompt, seed, index) alone: neither on the other prompts nor on
+        the batch size. `init_image` makes it image-to-image, see `ImageOptions.strength`.
+
+        Yields: uint8 [b, H, W, 3], in order, prompts outermost. Raises ValueError in one sentence
+        for an empty or overlong prompt and for a checkpoint without VAE.
+        """
+        if num < 1 or batch_size < 1:
+            raise ValueError(f"num ({num}) and batch size ({batch_size}) must be at least 1.")
+        shape, grid = self.latent_shape, options.grid()
+        rows = [prompts.generation_tokens(self.tokenizer, text) for text in texts]
+        side = self.model.config.gen_encoder.tokens_along(shape[0])
+        limit = self.model.config.language.max_position_embeddings
+        for row in rows:
+            prompts.check_length(len(row) + 1 + side**2, limit, "prompt and image")
+        tokens, lengths = pad_rows(rows, PROMPT_BUCKET, self.tokenizer.pad_id)
+        start = None
+        if init_image is not None:
+            size = self.model.config.siglip.image_size
+            pixels = images.from_uint8(images.center_crop_square(init_image, size))
+            start = encode_pixels(self.vae, self.params["vae"], pixels[None])
+
+        prompt_ids = np.repeat(np.arange(len(rows)), num)
+        image_ids = np.tile(np.arange(num), len(rows))
+        batch_size = min(batch_size, len(prompt_ids))
+        for first in range(0, len(prompt_ids), batch_size):
+            # The last batch is filled up with copies, so that it runs the same program.
+            ids = np.minimum(np.arange(first, first + batch_size), len(prompt_ids) - 1)
+            z = initial_noise(options.seed, image_ids[ids], shape)
+            if start is not None:
+                z = flow.interpolate(start, z, 1 - options.strength)
+            latents = sample_latents(
+                self.model,
+                self.params["janusflow"],
+                tokens[prompt_ids[ids]],
+                lengths[prompt_ids[ids]],
+                z,
+                grid.timesteps,
+                grid.dt,
+                np.float32(options.guidance_scale),
+                solver=options.solver,
+                guided=options.guidance_scale != 1,
+                interval=options.guidance_interval,
+            )
+            yield self.decode(latents)[: len(prompt_ids) - first]
+
+    def decode(self, latents: jax.Array) -> np.ndarray:
+        """[B, h, w, c] latents -> uint8 [B, H, W, 3], a few at a time."""
+        chunk = min(VAE_BATCH, len(latents))
+        pixels = []
+        for first in range(0, len(latents), chunk):
+            ids = np.minimum(np.arange(first, first + chunk), len(latents) - 1)
+            decoded = decode_latents(self.vae, self.params["vae"], latents[ids])
+            pixels.append(images.to_uint8(np.asarray(decoded)))
+        return np.concatenate(pixels)[: len(latents)]
+
+    def answer(
+        self, questions: Sequence[Question], options: AnswerOptions = AnswerOptions()
+    ) -> Iterator[list[str]]:
+        """Answers a batch of questions, greedily or by sampling.
+
+        An answer does not depend on the other questions. Yields what has been written so far of
+        every answer, every few tokens; the last one is the result. Raises ValueError in one
+        sentence for an empty or overlong question and for images without a placeholder.
+        """
+        tokenizer, config = self.tokenizer, self.model.config
+        rows = [
+            prompts.understanding_tokens(tokenizer, question.messages, len(question.images))
+            for question in questions
+        ]
+        reserve = -(-options.max_new_tokens // DECODE_CHUNK) * DECODE_CHUNK
+        for row in rows:
+            prompts.check_length(
+                len(row) + reserve, config.language.max_position_embeddings, "question and answer"
+            )
+        tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
+        pixels, slots = self._place_images(questions, rows, tokens.shape[1])
+        state = prefill(
+            self.model, self.params["janusflow"], tokens, lengths, pixels, slots, reserve
+        )
+        ids = np.array([question.id for question in questions])
+        keys = jax.vmap(lambda i: rng.fold(options.seed, "answer", i))(ids)
+        written = np.zeros((len(rows), 0), np.int32)
+        while written.shape[1] < options.max_new_tokens:
+            state, new = decode(
+                self.model,
+                self.params["janusflow"],
+                state,
+                keys,
+                np.float32(options.temperature),
+                np.float32(options.top_p),
+                np.int32(tokenizer.eos_id),
+                DECODE_CHUNK,
+            )
+            written = np.concatenate([written, new], axis=1)[:, : options.max_new_tokens]
+            yield [tokenizer.decode(until(row, tokenizer.eos_id)).strip() for row in written]
+            if np.all(state.done):
+                return
+
+    def _place_images(
+        self, questions: Sequence[Question], rows: Sequence[np.ndarray], length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """pixels [B, I, S, S, 3] and slots [B, I, 1 + N] of `embed_understanding`."""
+        size, count = self.processor.image_size, self.tokenizer.num_image_tokens + 1
+        most = max(len(question.images) for question in questions)
+        pixels = np.zeros((len(rows), most, size, size, 3), np.float32)
+        slots = np.full((len(rows), most, count), length, np.int32)
+        for b, (question, row) in enumerate(zip(questions, rows, strict=True)):
+            if question.images:
+                slots[b, : len(question.images)] = prompts.image_slots(row, self.tokenizer)
+            for i, image in enumerate(question.images):
+                pixels[b, i] = self.processor.preprocess(image)
+        return pixels, slots
+
+
+def until(tokens: np.ndarray, stop: int) -> np.ndarray:
+    """The tokens before the first `stop`."""
+    ends = np.flatnonzero(tokens == stop)
+    return tokens[: ends[0]] if len(ends) else tokens

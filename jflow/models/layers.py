@@ -1,0 +1,199 @@
+"""The few layers that every part of the model shares.
+
+Axes: B batch, T new tokens, S cached tokens, H query heads, K key/value heads, D head width,
+C channels. Numbers that decide correctness (norms, softmax, rotary angles, the sinusoid) are
+computed in float32 whatever `dtype` the matrix products use.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+# Weights begin as N(0, 1 / fan_in), the scale at which a product keeps the variance of its input.
+fan_in_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Where each number lives: `param` storage, `compute` of matrix products, `norm`, `softmax`.
+
+    `Precision()` is exact float32; `Precision(compute=jnp.bfloat16)` is what the released model
+    runs in, with norms and softmax kept in float32.
+    """
+
+    param: Any = jnp.float32
+    compute: Any = jnp.float32
+    norm: Any = jnp.float32
+    softmax: Any = jnp.float32
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (LlamaRMSNorm); [..., C] -> [..., C]."""
+
+    epsilon: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.precision.param)
+        y = x.astype(self.precision.norm)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale).astype(self.precision.compute)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * scale + bias over the last axis; [..., C] -> [..., C]."""
+
+    epsilon: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.precision.param)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.precision.param)
+        y = x.astype(self.precision.norm)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+        return (y * scale + bias).astype(self.precision.compute)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias; [..., I] -> [..., features]."""
+
+    features: int
+    precision: Precision
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = self.precision.compute
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", fan_in_init, shape, self.precision.param)
+        y = x.astype(dtype) @ kernel.astype(dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, shape[1:], self.precision.param)
+            y = y + bias.astype(dtype)
+        return y
+
+
+def rotary_embedding(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotates the two halves of each head by position (Hugging Face's half-split RoPE).
+
+    Args:
+      x: [B, T, H, D] queries or keys, D even.
+      positions: [B, T] integers.
+      theta: base of the geometric series of wavelengths.
+
+    Angles are float32: bfloat16 cannot even hold the integer 257.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of tokens that lie before the present ones.
+
+    k, v: [layers, B, S, K, D], or [B, S, K, D] inside one layer.
+    segment_ids: [B, S]; a token sees a cached one when their segments are equal, so 0 hides an
+      empty or padded slot from every real token.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] segment ids -> [B, T, T]: may query t see key s? Same segment and s <= t.
+
+    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    precision: Precision,
+    cache: KVCache | None = None,
+    cache_mask: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k' / sqrt(D)) v over the cached tokens and the new ones together.
+
+    Args:
+      q: [B, T, H, D]; k, v: [B, T, K, D] with H a multiple of K (grouped queries).
+      mask: bool [B, T, T] over the new tokens, None to see all of them.
+      cache, cache_mask: one layer's cache and bool [B, T, S] over it. It is read in place: scores
+        are joined, keys and values are not, so no step copies the cache.
+
+    Returns: [B, T, H, D].
+    """
+    heads, kv_heads, width = q.shape[2], k.shape[2], q.shape[3]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads.")
+    q = rearrange(q, "B T (K G) D -> B K G T D", K=kv_heads)
+    score_type = precision.softmax
+
+    def scores(keys, allowed):
+        s = jnp.einsum("BKGTD,BSKD->BKGTS", q, keys, preferred_element_type=score_type)
+        s = s * jnp.asarray(width**-0.5, score_type)
+        if allowed is None:
+            return s
+        return jnp.where(allowed[:, None, None], s, jnp.finfo(score_type).min)
+
+    def weigh(weights, values):
+        return jnp.einsum("BKGTS,BSKD->BKGTD", weights.astype(values.dtype), values)
+
+    s = scores(k, mask)
+    if cache is None:
+        out = weigh(jax.nn.softmax(s, axis=-1), v)
+    else:
+        past = cache.k.shape[1]
+        s = jnp.concatenate([scores(cache.k, cache_mask), s], axis=-1)
+        weights = jax.nn.softmax(s, axis=-1)
+        out = weigh(weights[..., :past], cache.v) + weigh(weights[..., past:], v)
+    return rearrange(out, "B K G T D -> B T (K G) D")
+
+
+def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+    """[B] timesteps in [0, 1000] -> [B, dim] float32, cosines before sines.
+
+    diffusers' Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0), as uvit.py uses it.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
+
+
+def depthwise_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Depthwise convolution with odd kernels and zero padding; [B, H, W, C], [kh, kw, C].
+
+    Written as a sum of shifted products because compilers fuse those into one pass, while XLA's
+    grouped convolution took 14 times as long on a CPU (24x24x1536, 7x7).
+    """
+    kh, kw, _ = kernel.shape
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0)))
+    return sum(
+        padded[:, i : i + height, j : j + width] * kernel[i, j]
+        for i in range(kh)
+        for j in range(kw)
+    )

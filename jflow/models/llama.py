@@ -1,0 +1,262 @@
+"""The language model: a Llama decoder (DeepSeek-LLM) with hidden-state tap and explicit cache.
+
+Parameter names are those of Hugging Face's LlamaForCausalLM, the layers stacked on axis 0.
+"""
+
+from dataclasses import dataclass, fields
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from jflow.models.layers import (
+    KVCache,
+    Linear,
+    Precision,
+    RMSNorm,
+    attention,
+    causal_mask,
+    rotary_embedding,
+)
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Fields and defaults of transformers' LlamaConfig, as far as the model uses them."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as attention heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_hf(cls, config: dict) -> "LlamaConfig":
+        """Reads a Hugging Face config; raises ValueError for what this decoder cannot express."""
+        config = dict(config) | config.get("rope_parameters", {})
+        unsupported = {
+            "hidden_act": ("silu", None),
+            "attention_bias": (False, None),
+            "mlp_bias": (False, None),
+            "tie_word_embeddings": (False, None),
+            "rope_scaling": (None,),
+            "rope_type": ("default", None),
+        }
+        for name, allowed in unsupported.items():
+            if config.get(name) not in allowed:
+                raise ValueError(
+                    f"language_config.{name} = {config[name]!r} is not supported; jflow's decoder "
+                    f"needs {allowed[0]!r}."
+                )
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in config.items() if name in names})
+
+
+@flax.struct.dataclass
+class LlamaOutput:
+    """hidden: [B, T, C] after the final norm; tap: [B, T, C] after the tapped block, before any
+    norm (zeros without a tap); k, v: [layers, B, T, K, D] of the new tokens, to cache."""
+
+    hidden: jax.Array
+    tap: jax.Array
+    k: jax.Array
+    v: jax.Array
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x, positions, mask, cache, cache_mask):
+        config, D = self.config, self.config.head_width
+
+        def project(heads, name):
+            y = Linear(heads * D, self.precision, use_bias=False, name=name)(x)
+            return rearrange(y, "B T (H D) -> B T H D", D=D)
+
+        q = rotary_embedding(
+            project(config.num_attention_heads, "q_proj"), positions, config.rope_theta
+        )
+        k = rotary_embedding(project(config.kv_heads, "k_proj"), positions, config.rope_theta)
+        v = project(config.kv_heads, "v_proj")
+        out = attention(q, k, v, mask, self.precision, cache, cache_mask)
+        out = rearrange(out, "B T H D -> B T (H D)")
+        return Linear(config.hidden_size, self.precision, use_bias=False, name="o_proj")(out), k, v
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    config: LlamaConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x):
+        def linear(features, name):
+            return Linear(features, self.precision, use_bias=False, name=name)
+
+        gate = linear(self.config.intermediate_size, "gate_proj")(x)
+        up = linear(self.config.intermediate_size, "up_proj")(x)
+        return linear(self.config.hidden_size, "down_proj")(nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x, positions, mask, cache, cache_mask):
+        eps = self.config.rms_norm_eps
+        y = RMSNorm(eps, self.precision, name="input_layernorm")(x)
+        y, k, v = Attention(self.config, self.precision, name="self_attn")(
+            y, positions, mask, cache, cache_mask
+        )
+        x = x + y
+        y = RMSNorm(eps, self.precision, name="post_attention_layernorm")(x)
+        return x + Mlp(self.config, self.precision, name="mlp")(y), k, v
+
+
+class TappedBlock(nn.Module):
+    """One step of the scan over layers: keeps a copy of the stream after block `tap_layer`.
+
+    The copy is chosen outside the rematerialised block, so a tap costs one [B, T, C] buffer and
+    not one per layer.
+    """
+
+    config: LlamaConfig
+    precision: Precision
+    remat: bool
+
+    @nn.compact
+    def __call__(self, carry, layer, cache, positions, mask, cache_mask, tap_layer):
+        x, tap = carry
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        x, k, v = block(self.config, self.precision, name="block")(
+            x, positions, mask, cache, cache_mask
+        )
+        if tap_layer is not None:
+            tap = jnp.where(layer + 1 == tap_layer, x, tap)
+        return (x, tap), (k, v)
+
+
+class Llama(nn.Module):
+    """Decoder-only transformer over embeddings; `embed` and `logits` are its two ends.
+
+    scan_layers: one compiled block scanned over stacked weights, or (False, with parameters from
+      `unstack_layers`) each layer on its own. Scanning compiles fast, but slices each layer's
+      weights out of the stack: nothing beside 577 tokens, 2.5 times the time of a step of one.
+    remat: recompute each block in the backward pass.
+    """
+
+    config: LlamaConfig
+    precision: Precision = Precision()
+    scan_layers: bool = True
+    remat: bool = False
+
+    def setup(self):
+        config, precision = self.config, self.precision
+        self.embed_tokens = self.param(
+            "embed_tokens",
+            nn.initializers.normal(0.02),
+            (config.vocab_size, config.hidden_size),
+            precision.param,
+        )
+        if self.scan_layers:
+            self.layers = nn.scan(
+                TappedBlock,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+                length=config.num_hidden_layers,
+            )(config, precision, self.remat)
+        else:
+            self.layers = [
+                TappedBlock(config, precision, self.remat) for _ in range(config.num_hidden_layers)
+            ]
+        self.norm = RMSNorm(config.rms_norm_eps, precision)
+        self.lm_head = Linear(config.vocab_size, precision, use_bias=False)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] token ids -> [B, T, C] word embeddings."""
+        return jnp.take(self.embed_tokens, tokens, axis=0).astype(self.precision.compute)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., C] hidden states after the final norm -> [..., vocab] float32 logits."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array,
+        cache: KVCache | None = None,
+        tap_layer: int | None = None,
+    ) -> LlamaOutput:
+        """Runs the blocks over new tokens, behind those of `cache` if there is one.
+
+        Args:
+          x: [B, T, C] embeddings.
+          positions: [B, T] rotary positions, the cached tokens not counted.
+          segment_ids: [B, T]; a token sees the earlier tokens of its own segment.
+          cache: what lies before, [layers, B, S, K, D]; read only.
+          tap_layer: 1-based block whose output becomes `tap` (REPA uses 6), None for no tap.
+        """
+        layers = self.config.num_hidden_layers
+        if tap_layer is not None and not 1 <= tap_layer <= layers:
+            raise ValueError(f"tap_layer {tap_layer} is outside the model's blocks 1..{layers}.")
+        cache_mask = None
+        if cache is not None:
+            # The cache's segment ids are one per token, not one per layer: they stay outside the
+            # scan as a mask, and each layer's slice carries an empty stand-in for them.
+            cache_mask = segment_ids[:, :, None] == cache.segment_ids[:, None, :]
+            cache = cache.replace(segment_ids=jnp.zeros((layers, 0)))
+        x = x.astype(self.precision.compute)
+        carry = (x, jnp.zeros_like(x) if tap_layer is not None else jnp.zeros((), x.dtype))
+        shared = (positions, causal_mask(segment_ids), cache_mask, tap_layer)
+        if self.scan_layers:
+            carry, (k, v) = self.layers(carry, jnp.arange(layers), cache, *shared)
+        else:
+            new = []
+            for i, layer in enumerate(self.layers):
+                past = cache and KVCache(cache.k[i], cache.v[i], cache.segment_ids[i])
+                carry, kv = layer(carry, i, past, *shared)
+                new.append(kv)
+            k, v = (jnp.stack(values) for values in zip(*new, strict=True))
+        x, tap = carry
+        return LlamaOutput(hidden=self.norm(x), tap=tap, k=k, v=v)
+
+
+def unstack_layers(params: dict) -> dict:
+    """Parameters of a scanned Llama -> of one with `scan_layers=False`.
+
+    Each stacked array is let go as soon as it is taken apart, so the peak is one array above the
+    size of the parameters; the tree passed in must not be used afterwards.
+    """
+    stacked = params.pop("layers")
+    count = len(jax.tree.leaves(stacked)[0])
+    leaves, tree = jax.tree.flatten(stacked)
+    del stacked
+    layers = [[] for _ in range(count)]
+    while leaves:
+        leaf = leaves.pop(0)
+        for i in range(count):
+            layers[i].append(leaf[i] + 0 if isinstance(leaf, jax.Array) else leaf[i].copy())
+    return params | {
+        f"layers_{i}": jax.tree.unflatten(tree, layer) for i, layer in enumerate(layers)
+    }

@@ -1,0 +1,224 @@
+"""Draw images from prompts, or answer questions about images.
+
+python sample.py --ckpt DIR --prompt "a photo of a red circle" --num 4 --out samples
+python sample.py --ckpt DIR --image photo.jpg --question "What is in this picture?"
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jflow.prompts import Message, user_question
+from tqdm import tqdm
+
+from jflow import images
+from jflow.compilation import CompileStats, enable_cache
+from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
+from jflow.samplers import SOLVERS
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ckpt", required=True, help="checkpoint folder of jflow.convert or train.py")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, float32 on a CPU")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=8)
+
+    draw = parser.add_argument_group("images")
+    add = draw.add_argument
+    add("--prompt", action="append", default=[], help="may be given several times")
+    add("--prompts", metavar="FILE", help="text file, one prompt a line")
+    add("--num", type=int, default=4, help="images of each prompt")
+    add("--steps", type=int, default=30)
+    add("--guidance", type=float, default=2.0, help="1 for none")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="times in [0, 1], 0 = noise, between which guidance applies",
+    )
+    add("--solver", choices=list(SOLVERS), default="euler")
+    add("--shift", type=float, default=1.0, help="above 1: more steps near the noise")
+    add(
+        "--official-rounding",
+        action="store_true",
+        help="round times and step to bfloat16, as the released sampler does",
+    )
+    add("--init-image", metavar="FILE", help="begin from this image")
+    add("--strength", type=float, default=0.6, help="how far back to noise --init-image goes")
+    add("--out", default="samples", help="folder of the PNGs, or the JSONL file of --questions")
+
+    ask = parser.add_argument_group("answers")
+    add = ask.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="may be given several times")
+    add("--question", action="append", default=[], help="given again: the next turn")
+    add(
+        "--questions",
+        metavar="FILE",
+        help='JSONL of {"question": ..., "image": FILE or "images": [FILE, ...]}',
+    )
+    add("--max-new-tokens", type=int, default=512)
+    add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    add("--top-p", type=float, default=1.0)
+    args = parser.parse_args(argv)
+
+    drawing = bool(args.prompt or args.prompts)
+    asking = bool(args.question or args.questions)
+    if drawing == asking:
+        parser.error("give --prompt/--prompts to draw, or --question/--questions to ask.")
+    return args
+
+
+def read_lines(path: str) -> list[str]:
+    """The non-empty lines of a text file; raises ValueError when there is none."""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line]
+    if not lines:
+        raise ValueError(f"{path} is empty.")
+    return lines
+
+
+def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
+    """Writes one PNG an image and their grid, one row a prompt; returns how many images."""
+    texts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
+    options = ImageOptions(
+        steps=args.steps,
+        guidance_scale=args.guidance,
+        seed=args.seed,
+        solver=args.solver,
+        shift=args.shift,
+        guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
+        official_rounding=args.official_rounding,
+        strength=args.strength if args.init_image else 1.0,
+    )
+    init_image = images.load_image(args.init_image) if args.init_image else None
+    settings = {name: str(value) for name, value in vars(options).items()}
+    settings |= {"ckpt": args.ckpt, "software": "jflow"}
+    if args.init_image:
+        settings["init_image"] = args.init_image
+
+    out, drawn = Path(args.out), []
+    batches = pipeline.generate(texts, args.num, options, args.batch_size, init_image)
+    count = -(-len(texts) * args.num // min(args.batch_size, len(texts) * args.num))
+    for batch in tqdm(batches, total=count, desc="drawing", unit="batch"):
+        for image in batch:
+            prompt, index = divmod(len(drawn), args.num)
+            metadata = settings | {"prompt": texts[prompt], "index": str(index)}
+            images.save_png(image, out / f"{prompt:04d}_{index:03d}.png", metadata)
+            drawn.append(image)
+    grid = images.make_grid(drawn, columns=args.num)
+    images.save_png(grid, out / "grid.png", settings | {"prompts": "\n".join(texts)})
+    print(f"{len(drawn)} images and grid.png in {out}")
+    return len(drawn)
+
+
+def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
+    """Asks the questions one after the other about the images; returns how many."""
+    pictures = tuple(images.load_image(path) for path in args.image)
+    options = answer_options(args)
+    messages: tuple[Message, ...] = ()
+    for turn, text in enumerate(args.question):
+        asked = user_question(text, len(pictures)) if turn == 0 else text
+        messages += (Message("User", asked), Message("Assistant", ""))
+        if turn or len(args.question) > 1:
+            print(f"> {text}")
+        shown = ""
+        for (answer,) in pipeline.answer([Question(messages, pictures, turn)], options):
+            # A character of several tokens shows as a replacement character until it is whole.
+            ready = answer.rstrip("\N{REPLACEMENT CHARACTER}")
+            print(ready[len(shown) :], end="", flush=True)
+            shown = ready
+        print(answer[len(shown) :])
+        messages = messages[:-1] + (Message("Assistant", answer),)
+    return len(args.question)
+
+
+def answer_options(args: argparse.Namespace) -> AnswerOptions:
+    return AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def read_questions(path: str) -> Iterator[tuple[dict, Question]]:
+    """(record, question) of each line of a JSONL file; file names are relative to it."""
+    for number, line in enumerate(read_lines(path)):
+        try:
+            record = json.loads(line)
+            text = record["question"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{path}, line {number + 1}: expected {{"question": ..., "image": ...}}.'
+            ) from error
+        names = record.get("images", [record["image"]] if "image" in record else [])
+        pictures = tuple(images.load_image(Path(path).parent / name) for name in names)
+        turn = Message("User", user_question(text, len(pictures)))
+        yield record, Question((turn, Message("Assistant", "")), pictures, number)
+
+
+def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
+    """Answers every line of --questions into a JSONL file; returns how many."""
+    records = list(read_questions(args.questions))
+    out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(out.name + ".tmp")
+    with partial.open("w", encoding="utf-8") as file:
+        for first in tqdm(range(0, len(records), args.batch_size), desc="answering", unit="batch"):
+            batch = records[first : first + args.batch_size]
+            *_, answers = pipeline.answer([question for _, question in batch], answer_options(args))
+            for (record, _), answer in zip(batch, answers, strict=True):
+                file.write(json.dumps(record | {"answer": answer}, ensure_ascii=False) + "\n")
+    os.replace(partial, out)
+    print(f"{len(records)} answers in {out}")
+    return len(records)
+
+
+def run(args: argparse.Namespace, stats: CompileStats) -> None:
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.dtype(args.dtype or ("float32" if on_cpu else "bfloat16"))
+    if dtype == jnp.float32:
+        # GPUs and TPUs would otherwise multiply float32 in fewer bits.
+        jax.config.update("jax_default_matmul_precision", "highest")
+    began = time.perf_counter()
+    work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
+    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=work is draw)
+    loaded, before = time.perf_counter(), replace(stats)
+    count = work(args, pipeline)
+    compiling = stats.seconds - before.seconds
+    running = time.perf_counter() - loaded - compiling
+    print(
+        f"loading {loaded - began:.1f} s, compiling {compiling:.1f} s "
+        f"({stats.compiled} programs compiled, {stats.cached} from the cache), "
+        f"running {running:.1f} s: {running / count:.2f} s each",
+        file=sys.stderr,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        run(args, enable_cache())
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "sample.py: out of memory; lower --batch-size, or use --dtype bfloat16.",
+            file=sys.stderr,
+        )
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
