@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m jflow.convert from-hf $(GOLDEN)/tiny --vae $(GOLDEN)/vae_tiny --out runs/demo/ckpt
 	$(BIN)/python sample.py --ckpt runs/demo/ckpt --prompt "a photo of a cat" --prompt "a red circle" \
 	    --num 4 --out runs/demo/images
-	$(BIN)/python sample.py --ckpt runs/demo/ckpt --image docs/photo.jpg \
+	$(BIN)/python sample.py --ckpt runs/demo/ckpt --image docs/cat.jpg \
 	    --question "What is in this picture?" --max-new-tokens 32
 	$(BIN)/python -m jflow.convert to-hf runs/demo/ckpt --out runs/demo/hf
 

@@ -1,5 +1,24 @@
 """Tests compute in exact float32, also where the hardware would round."""
 
 import jax
+import pytest
+
+from jflow.convert.__main__ import main as convert
+from jflow.inference.pipeline import Pipeline
+from tests.goldens import GOLDEN
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def tiny_ckpt(tmp_path_factory):
+    """The golden checkpoint, converted as a user would."""
+    out = tmp_path_factory.mktemp("tiny") / "ckpt"
+    source, vae = str(GOLDEN / "tiny"), str(GOLDEN / "vae_tiny")
+    assert convert(["from-hf", source, "--vae", vae, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_ckpt):
+    return Pipeline.from_checkpoint(tiny_ckpt)

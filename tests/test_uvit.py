@@ -1,5 +1,6 @@
 """ConvNeXt blocks and the time embedding against diffusers' own, at random sizes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,19 +82,20 @@ def test_sinusoid_equals_diffusers(dim):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 7)])
-def test_depthwise_convolution(shape):
+def test_depthwise_convolution_and_its_gradients(shape):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 6, 9, 4), np.float32)
     kernel = rng.standard_normal((*shape, 4), np.float32)
-    want = torch.nn.functional.conv2d(
-        torch.tensor(np.moveaxis(x, -1, 1)),
-        torch.tensor(rearrange(kernel, "h w c -> c 1 h w")),
-        padding="same",
-        groups=4,
-    )
-    np.testing.assert_allclose(
-        depthwise_conv(x, kernel), np.moveaxis(want.numpy(), 1, -1), rtol=0, atol=2e-5
-    )
+    image = torch.tensor(np.moveaxis(x, -1, 1), requires_grad=True)
+    weight = torch.tensor(rearrange(kernel, "h w c -> c 1 h w"), requires_grad=True)
+    want = torch.nn.functional.conv2d(image, weight, padding="same", groups=4)
+    torch.sum(want**2).backward()
+    got = depthwise_conv(x, kernel)
+    np.testing.assert_allclose(got, np.moveaxis(want.detach().numpy(), 1, -1), rtol=0, atol=2e-5)
+    dx, dk = jax.grad(lambda x, k: jnp.sum(depthwise_conv(x, k) ** 2), (0, 1))(x, kernel)
+    np.testing.assert_allclose(dx, np.moveaxis(image.grad.numpy(), 1, -1), rtol=1e-5, atol=2e-4)
+    want = rearrange(weight.grad.numpy(), "c 1 h w -> h w c")
+    np.testing.assert_allclose(dk, want, rtol=1e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("kernel, stride, padding", [(2, 2, 0), (4, 4, 0), (3, 2, 1), (5, 2, None)])

@@ -21,7 +21,7 @@ from jflow.models.uvit import GenDecoder, GenDecoderConfig, GenEncoder, GenEncod
 
 @dataclass(frozen=True)
 class JanusFlowConfig:
-    """All dimensions of the model; `from_hf` and `to_hf` read and write released config.json files."""
+    """All dimensions of the model; `from_hf` and `to_hf` read and write the released config."""
 
     language: LlamaConfig
     siglip: SiglipConfig

@@ -256,7 +256,7 @@ def unstack_layers(params: dict) -> dict:
     while leaves:
         leaf = leaves.pop(0)
         for i in range(count):
-            layers[i].append(leaf[i] + 0 if isinstance(leaf, jax.Array) else leaf[i].copy())
+            layers[i].append(leaf[i])
     return params | {
         f"layers_{i}": jax.tree.unflatten(tree, layer) for i, layer in enumerate(layers)
     }

@@ -1,0 +1,174 @@
+"""Checkpoint folders: the only module that knows Orbax.
+
+A checkpoint is one Orbax composite with the items
+  params  {"janusflow": ..., "vae": ...}, nested dicts of arrays; "vae" may be absent
+  config  whatever dict describes the models
+  files   {name: text} of the tokenizer and processor files that belong to the model
+so that a reader takes what it needs. A run folder holds such folders, named by their step.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import type_handlers
+
+# Arrays are stored and read in chunks of this many bytes, and files of about this many. With
+# RESTORE_BYTES these bound what a save or a restore needs on top of the parameters: Orbax's own
+# defaults take half the parameters' size again to save and two thirds to restore.
+CHUNK_BYTES = 8 * 2**20
+FILE_BYTES = 64 * 2**20
+# Arrays are restored in groups of about this many bytes.
+RESTORE_BYTES = 256 * 2**20
+
+
+def require_new(path: str | Path) -> None:
+    """Raises FileExistsError for a path that is taken; an empty folder is fine."""
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already: choose another folder or delete it.")
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """The name of a folder to make and fill in the block.
+
+    It becomes `path` when the block ends, and vanishes when it fails.
+    """
+    path = Path(path).resolve()
+    require_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        folder = Path(scratch) / path.name
+        yield folder
+        os.replace(folder, path)
+
+
+def save_checkpoint(path: str | Path, params: dict, config: dict, files: dict[str, str]) -> None:
+    """Writes a checkpoint folder; on failure nothing is left of it.
+
+    Args:
+      path: must not exist, or be an empty folder.
+      params: {"janusflow": ..., "vae": ...} of numpy or jax arrays, stored in their dtypes.
+      config, files: see the module; both must be expressible in JSON.
+
+    Raises FileExistsError for a path that is taken.
+    """
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
+    with new_folder(path) as folder, _checkpointer() as checkpointer:
+        items = ocp.args.Composite(
+            params=ocp.args.PyTreeSave(
+                params, save_args=save_args, ocdbt_target_data_file_size=FILE_BYTES
+            ),
+            config=ocp.args.JsonSave(config),
+            files=ocp.args.JsonSave(files),
+        )
+        checkpointer.save(folder, items)
+
+
+def load_checkpoint(
+    path: str | Path,
+    dtype: jnp.dtype | None = None,
+    sharding: jax.sharding.Sharding | dict | None = None,
+) -> tuple[dict, dict, dict[str, str]]:
+    """Reads (params, config, files) of a checkpoint, or of the latest one of a run folder.
+
+    Args:
+      dtype: of the parameters; None for the stored dtypes.
+      sharding: where to put them, one for all or a tree of them; None for the default device.
+
+    Raises FileNotFoundError or ValueError in one sentence for what is no whole checkpoint.
+    """
+    folder = find_checkpoint(path)
+    config, files = read_metadata(folder)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+        if not isinstance(sharding, dict):
+            one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            sharding = jax.tree.map(lambda _: one, shapes)
+        restore_args = jax.tree.map(
+            lambda _, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), shapes, sharding
+        )
+        leaves, structure = jax.tree.flatten(restore_args)
+        sizes = [np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
+        groups = np.cumsum(sizes) // RESTORE_BYTES
+        arrays = []
+        for group in np.unique(groups):
+            wanted = [
+                leaf if number == group else ocp.PLACEHOLDER
+                for leaf, number in zip(leaves, groups, strict=True)
+            ]
+            tree = structure.unflatten(wanted)
+            item = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
+            restored = checkpointer.restore(folder, ocp.args.Composite(params=item)).params
+            arrays += [x for x in jax.tree.leaves(restored) if x is not ocp.PLACEHOLDER]
+    return structure.unflatten(arrays), config, files
+
+
+def read_metadata(path: str | Path) -> tuple[dict, dict[str, str]]:
+    """(config, files) of a checkpoint, without its parameters; errors as in load_checkpoint."""
+    folder = find_checkpoint(path)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        items = ocp.args.Composite(config=ocp.args.JsonRestore(), files=ocp.args.JsonRestore())
+        restored = checkpointer.restore(folder, items)
+    return restored.config, restored.files
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder at `path`: itself, or the latest complete step of a run folder.
+
+    Raises FileNotFoundError or ValueError in one sentence where there is none.
+    """
+    folder = Path(path).resolve()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint folder {path}.")
+    if _is_checkpoint(folder):
+        return folder
+    steps = [step for step in folder.iterdir() if step.name.isdigit() and _is_checkpoint(step)]
+    if steps:
+        return max(steps, key=lambda step: int(step.name))
+    if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{path} is a Hugging Face folder: convert it with "
+            f"python -m jflow.convert from-hf {path} --vae VAE --out DIR."
+        )
+    raise ValueError(f"{path} is not a jflow checkpoint: it has no complete params folder.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    # Orbax writes this file last of all that belong to the parameters.
+    return (folder / "params" / "_METADATA").is_file()
+
+
+@contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    handlers = type_handlers.create_type_handler_registry(
+        # Orbax would copy all arrays first, against writes during an asynchronous save.
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),
+    )
+    items = ocp.CompositeCheckpointHandler(
+        params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
+        config=ocp.JsonCheckpointHandler(),
+        files=ocp.JsonCheckpointHandler(),
+    )
+    with ocp.Checkpointer(items) as checkpointer:
+        yield checkpointer
+
+
+@contextmanager
+def _reported_as_damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # no fault of the files
+    except Exception as error:
+        # Orbax and TensorStore raise many types, bare Exception among them.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"The checkpoint {folder} is damaged or incomplete: {reason}") from error

@@ -1,0 +1,191 @@
+"""What the model reads: tokenizer, chat template, token layout, for training and inference alike.
+
+Sources: processing_vlm.py and conversation.py of the released code (paper section 3.3).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+IMAGE_TAG = "<image_placeholder>"
+_END_OF_TURN = "<｜end▁of▁sentence｜>"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: role "User" or "Assistant"; an empty content leaves the turn open."""
+
+    role: str
+    content: str
+
+
+def _parse(files: Mapping[str, str], name: str) -> dict:
+    return json.loads(files[name]) if name in files else {}
+
+
+def _text(token: str | dict | None, default: str) -> str:
+    """Special tokens are stored as strings, or as objects with a `content`."""
+    return (token["content"] if isinstance(token, dict) else token) or default
+
+
+class Tokenizer:
+    """The checkpoint's own BPE with the special tokens found by name.
+
+    transformers 5 reads the released tokenizer files differently from the version that the model
+    was released with; `tokenizers` alone reads them as that one did, and BOS is added here.
+    """
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, special: dict, processor: dict, add_bos: bool
+    ):
+        self._tokenizer = tokenizer
+        self._add_bos = add_bos
+        tags = {
+            name: _text(processor.get(name), default)
+            for name, default in (
+                # In the order in which the released processor adds those that are missing.
+                ("image_tag", IMAGE_TAG),
+                ("image_gen_tag", "<｜begin▁of▁generation｜>"),
+                ("image_start_tag", "<begin_of_image>"),
+                ("image_end_tag", "<end_of_image>"),
+            )
+        }
+        for tag in tags.values():
+            if tokenizer.token_to_id(tag) is None:
+                tokenizer.add_special_tokens([tag])
+        self.image_id = tokenizer.token_to_id(tags["image_tag"])
+        self.image_gen_id = tokenizer.token_to_id(tags["image_gen_tag"])
+        self.image_start_id = tokenizer.token_to_id(tags["image_start_tag"])
+        self.image_end_id = tokenizer.token_to_id(tags["image_end_tag"])
+        self.image_tag = tags["image_tag"]
+        self.bos_id = self._id(_text(special.get("bos_token"), "<｜begin▁of▁sentence｜>"))
+        self.eos_id = self._id(_text(special.get("eos_token"), _END_OF_TURN))
+        pad = tokenizer.token_to_id("<｜▁pad▁｜>")
+        self.pad_id = self.eos_id if pad is None else pad
+        self.num_image_tokens = processor.get("num_image_tokens", 576)
+        self.vocab_size = tokenizer.get_vocab_size()
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, str]) -> "Tokenizer":
+        """Reads the text of tokenizer.json and, where there, of the files beside it.
+
+        Raises ValueError in one sentence if tokenizer.json is missing or is none.
+        """
+        if "tokenizer.json" not in files:
+            raise ValueError(
+                "The checkpoint holds no tokenizer.json: convert it again from a folder that does."
+            )
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ValueError(f"tokenizer.json cannot be read: {error}.") from error
+        config = _parse(files, "tokenizer_config.json")
+        special = config | _parse(files, "special_tokens_map.json")
+        processor = _parse(files, "processor_config.json")
+        return cls(tokenizer, special, processor, config.get("add_bos_token", True))
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise ValueError(f"The tokenizer does not know its own special token {token!r}.")
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, BOS first; special tokens in the text become their single ids."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if self._add_bos else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+def chat_text(messages: Sequence[Message], system_prompt: str) -> str:
+    """The released chat template: "User: ...\\n\\nAssistant: ...<end of sentence>".
+
+    The separator alternates by the number of the turn, not by its role. processor_config.json
+    names this template "deepseek" or "deepseek_old" depending on its date; the model knows only
+    this one.
+    """
+    text = f"{system_prompt}\n\n" if system_prompt else ""
+    for turn, message in enumerate(messages):
+        content = message.content.strip()
+        if content:
+            text += f"{message.role}: {content}" + ("\n\n", _END_OF_TURN)[turn % 2]
+        else:
+            text += f"{message.role}:"
+    return text.strip()
+
+
+def user_question(question: str, num_images: int) -> str:
+    """The user's turn about images: their placeholders, a line each, unless it has its own.
+
+    Raises ValueError for an empty question.
+    """
+    if not question.strip():
+        raise ValueError("The question is empty: write what you want to know.")
+    if IMAGE_TAG in question:
+        return question
+    return f"{IMAGE_TAG}\n" * num_images + question
+
+
+def understanding_tokens(
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    num_images: int,
+    system_prompt: str = DEFAULT_SYSTEM_PROMPT,
+) -> np.ndarray:
+    """[L] int32: BOS, the chat, each placeholder as [begin][N x image][end].
+
+    What stands at begin and at the N image tokens is overwritten by the image's embeddings, see
+    `image_slots`. Raises ValueError if placeholders and images differ in number.
+    """
+    ids = np.array(tokenizer.encode(chat_text(messages, system_prompt)), np.int32)
+    found = int(np.sum(ids == tokenizer.image_id))
+    if found != num_images:
+        raise ValueError(
+            f"The conversation has {found} {tokenizer.image_tag} but {num_images} images came "
+            f"with it: write one for each image."
+        )
+    image = [
+        tokenizer.image_start_id,
+        *[tokenizer.image_id] * tokenizer.num_image_tokens,
+        tokenizer.image_end_id,
+    ]
+    parts = [image if i == tokenizer.image_id else [i] for i in ids]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def image_slots(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """[L] understanding tokens -> [I, 1 + N] where each image's embeddings go."""
+    places = np.flatnonzero(tokens == tokenizer.image_id).reshape(-1, tokenizer.num_image_tokens)
+    return np.concatenate([places[:, :1] - 1, places], axis=1)
+
+
+def generation_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """[P] int32: BOS and "User: prompt\\n\\nAssistant:", without system prompt.
+
+    The released samplers append a tag and cut it off again; the time token takes its place.
+    Raises ValueError for an empty prompt.
+    """
+    if not prompt.strip():
+        raise ValueError("The prompt is empty: write what the image should show.")
+    text = chat_text([Message("User", prompt), Message("Assistant", "")], "")
+    return np.array(tokenizer.encode(text), np.int32)
+
+
+def check_length(num_tokens: int, limit: int, what: str) -> None:
+    """Raises ValueError if `what` needs more than the model's positions."""
+    if num_tokens > limit:
+        raise ValueError(
+            f"The {what} need {num_tokens} tokens, but the model has {limit} positions: shorten "
+            f"the text."
+        )

@@ -1,0 +1,160 @@
+"""Checkpoint folders: what comes back, and what is refused in one sentence."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from jflow import checkpoints
+from jflow.convert.engine import flatten
+from tests.goldens import GOLDEN
+
+CONFIG = {"janusflow": {"hidden": 8, "eps": 1e-6}, "siglip": None}
+FILES = {"tokenizer.json": '{\r\n"é": "｜▁"}\n', "vae/config.json": "{}"}
+
+
+def params(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    return {
+        "janusflow": {
+            "layers": {"kernel": normal((3, 5, 7)).astype(ml_dtypes.bfloat16)},
+            "scale": normal(300_000).astype(np.float32),
+            "zeros": np.zeros((2, 2), np.float32),
+        },
+        "vae": {"kernel": normal((2, 2, 3, 4)).astype(np.float16)},
+    }
+
+
+def assert_same(got: dict, want: dict):
+    got, want = dict(flatten(got)), dict(flatten(want))
+    assert got.keys() == want.keys()
+    for path, array in want.items():
+        assert isinstance(got[path], jax.Array)
+        assert got[path].dtype == array.dtype, path
+        np.testing.assert_array_equal(np.asarray(got[path]), np.asarray(array))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "ckpt"
+    checkpoints.save_checkpoint(path, params(), CONFIG, FILES)
+    return path
+
+
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+def test_everything_comes_back(tmp_path, monkeypatch, make):
+    monkeypatch.setattr(checkpoints, "RESTORE_BYTES", 100)  # several groups
+    path = tmp_path / "deep" / "ckpt"
+    checkpoints.save_checkpoint(path, jax.tree.map(make, params()), CONFIG, FILES)
+    got, config, files = checkpoints.load_checkpoint(path)
+    assert_same(got, params())
+    assert config == CONFIG and files == FILES
+    assert checkpoints.read_metadata(path) == (CONFIG, FILES)
+    assert list((tmp_path / "deep").iterdir()) == [path]
+
+
+def test_without_files_and_vae(tmp_path):
+    tree = {"janusflow": params()["janusflow"]}
+    checkpoints.save_checkpoint(tmp_path / "ckpt", tree, {}, {})
+    got, config, files = checkpoints.load_checkpoint(tmp_path / "ckpt")
+    assert_same(got, tree)
+    assert config == {} and files == {}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_restored_in_another_dtype(saved, dtype):
+    got, _, _ = checkpoints.load_checkpoint(saved, dtype=dtype)
+    assert_same(got, jax.tree.map(lambda x: x.astype(dtype), params()))
+
+
+def test_restored_sharded(saved):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    for sharding in (place, jax.tree.map(lambda _: place, params())):
+        got, _, _ = checkpoints.load_checkpoint(saved, sharding=sharding)
+        assert_same(got, params())
+        assert {array.sharding for _, array in flatten(got)} == {place}
+
+
+def test_plain_orbax_reads_it(saved):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        got = checkpointer.restore(saved / "params")
+    np.testing.assert_array_equal(got["janusflow"]["scale"], params()["janusflow"]["scale"])
+
+
+def test_a_run_folder_gives_its_latest_whole_step(tmp_path):
+    for step in (9, 10, 11):
+        config = {"step": step}
+        checkpoints.save_checkpoint(tmp_path / f"{step:08d}", params(step), config, FILES)
+    # What Orbax leaves of a save that was killed.
+    (tmp_path / "00000011" / "params" / "_METADATA").unlink()
+    shutil.copytree(tmp_path / "00000010", tmp_path / "00000012.orbax-checkpoint-tmp")
+    got, config, _ = checkpoints.load_checkpoint(tmp_path)
+    assert config == {"step": 10}
+    assert_same(got, params(10))
+
+
+def test_an_existing_folder_is_refused(saved):
+    with pytest.raises(FileExistsError, match="exists already: choose another folder"):
+        checkpoints.save_checkpoint(saved, params(1), CONFIG, FILES)
+    assert_same(checkpoints.load_checkpoint(saved)[0], params())
+
+
+def test_an_empty_folder_is_used(tmp_path):
+    checkpoints.save_checkpoint(tmp_path, params(), CONFIG, FILES)
+    assert_same(checkpoints.load_checkpoint(tmp_path)[0], params())
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, stop):
+    class Interrupted(ocp.JsonCheckpointHandler):
+        def finalize(self, directory):
+            raise stop("No space left on device")
+
+    monkeypatch.setattr(ocp, "JsonCheckpointHandler", Interrupted)
+    with pytest.raises(stop):
+        checkpoints.save_checkpoint(tmp_path / "ckpt", params(), CONFIG, FILES)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path):
+    for read in (checkpoints.load_checkpoint, checkpoints.read_metadata):
+        with pytest.raises(FileNotFoundError, match="There is no checkpoint folder"):
+            read(tmp_path / "nowhere")
+        with pytest.raises(ValueError, match="is not a jflow checkpoint"):
+            read(tmp_path)
+        with pytest.raises(ValueError, match="python -m jflow.convert from-hf .*golden/tiny"):
+            read(GOLDEN / "tiny")
+
+
+def largest(folder):
+    return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+@pytest.mark.parametrize("part", ["data", "data emptied", "data deleted", "manifest", "_METADATA"])
+def test_a_damaged_checkpoint_is_named(saved, part):
+    file = largest(saved / "params")
+    if part == "manifest":
+        file = saved / "params" / "manifest.ocdbt"
+    elif part == "_METADATA":
+        file = saved / "params" / "_METADATA"
+    if part == "data deleted":
+        file.unlink()
+    else:
+        keep = 0 if part == "data emptied" else file.stat().st_size // 2
+        file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="ckpt is damaged or incomplete") as error:
+        checkpoints.load_checkpoint(saved)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("item", ["config", "files"])
+def test_missing_metadata_is_named(saved, item):
+    shutil.rmtree(saved / item)
+    with pytest.raises(ValueError, match="ckpt is damaged or incomplete"):
+        checkpoints.read_metadata(saved)

@@ -1,0 +1,377 @@
+"""Conversion: every bit of every tensor and file, both ways, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jflow import checkpoints
+from jflow.convert.__main__ import CONFIG, SIGLIP, janusflow_leaves, main, vae_leaves
+from jflow.convert.engine import Rule, find_tensors, flatten, plan, read_params, write_params
+from jflow.models.janusflow import JanusFlowConfig
+from jflow.models.vae import VAEConfig
+from tests.goldens import GOLDEN
+
+TINY, VAE = GOLDEN / "tiny", GOLDEN / "vae_tiny"
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+RULES = (
+    Rule("model.layers.{l}.up.weight", "layers/up/kernel", "o i -> i o"),
+    Rule("blocks.{i}.convs.{j}.weight", "blocks_{i}/convs_{j}/kernel", "o i h w -> h w i o"),
+    Rule("blocks.{i}.norm.weight", "blocks_{i}/scale", "1 1 c -> c"),
+)
+
+
+def toy(layers: int, blocks: int, size: int, dtype) -> tuple[dict, dict]:
+    """(tree, the tensors it must come from), made of independent random numbers."""
+    rng = np.random.default_rng([layers, blocks, size])
+    hf = {
+        f"model.layers.{layer}.up.weight": rng.standard_normal((size + 1, size)).astype(dtype)
+        for layer in range(layers)
+    }
+    tree = {
+        "layers": {
+            "up": {"kernel": np.stack([hf[f"model.layers.{n}.up.weight"].T for n in range(layers)])}
+        }
+    }
+    for i in range(blocks):
+        norm = rng.standard_normal((1, 1, size)).astype(dtype)
+        convs = rng.standard_normal((2, size, 2, 3, 1)).astype(dtype)
+        hf[f"blocks.{i}.norm.weight"] = norm
+        tree[f"blocks_{i}"] = {"scale": norm[0, 0]}
+        for j, conv in enumerate(convs):
+            hf[f"blocks.{i}.convs.{j}.weight"] = conv
+            tree[f"blocks_{i}"][f"convs_{j}"] = {"kernel": conv.transpose(2, 3, 1, 0)}
+    return tree, hf
+
+
+def equal_bits(got: dict, want: dict):
+    """The same names, dtypes, shapes and bits (NaN and -0 included)."""
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        assert got[name].dtype == array.dtype and got[name].shape == array.shape, name
+        assert np.ascontiguousarray(got[name]).tobytes() == array.tobytes(), name
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    layers=st.integers(1, 4),
+    blocks=st.integers(0, 12),
+    size=st.integers(1, 5),
+    dtype=st.sampled_from([np.float32, np.float16, np.float64, ml_dtypes.bfloat16]),
+    shards=st.integers(1, 3),
+)
+def test_toy_rules_both_ways(tmp_path_factory, layers, blocks, size, dtype, shards):
+    folder = tmp_path_factory.mktemp("toy")
+    tree, hf = toy(layers, blocks, size, dtype)
+    names = sorted(hf)
+    for n in range(shards):
+        part = {name: np.ascontiguousarray(hf[name]) for name in names[n::shards]}
+        save_file(part, folder / f"model-{n}.safetensors")
+    leaves = plan(RULES, tree)
+    params = read_params(leaves, find_tensors(folder))
+    equal_bits(dict(flatten(params)), dict(flatten(tree)))
+    write_params(leaves, params, folder / "written")
+    equal_bits(load_file(folder / "written"), hf)
+    with safe_open(folder / "written", "np") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses files without it
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_each_parameter_needs_exactly_one_rule():
+    tree, _ = toy(2, 1, 3, np.float32)
+    with pytest.raises(ValueError, match="blocks_0/scale has 0 rules"):
+        plan(RULES[:2], tree)
+    with pytest.raises(ValueError, match="layers/up/kernel has 2 rules"):
+        plan((*RULES, RULES[0]), tree)
+
+
+def test_everything_wrong_is_listed_at_once(tmp_path, monkeypatch):
+    tree, hf = toy(3, 1, 4, np.float32)
+    del hf["model.layers.1.up.weight"], hf["blocks.0.convs.0.weight"]
+    hf["model.layers.2.up.weight"] = hf["model.layers.2.up.weight"].astype(np.float16)
+    hf["blocks.0.convs.1.weight"] = np.zeros((4, 2, 3, 2), np.float32)
+    hf["blocks.0.norm.weight"] = np.zeros((1, 1, 4), np.int32)
+    hf["stray"] = np.zeros(1, np.float32)
+    save_file(hf, tmp_path / "model.safetensors")
+    monkeypatch.setattr(np, "empty", lambda *_: pytest.fail("allocated before checking"))
+    with pytest.raises(ValueError) as error:
+        read_params(plan(RULES, tree), find_tensors(tmp_path))
+    for problem in (
+        "missing: model.layers.1.up.weight",
+        "missing: blocks.0.convs.0.weight",
+        "several dtypes: model.layers.0.up.weight to model.layers.2.up.weight are ['F16', 'F32']",
+        "wrong shape: blocks.0.convs.1.weight is [4, 2, 3, 2], expected [4, 2, 3, 1]",
+        "unsupported dtype: blocks.0.norm.weight is I32",
+        "unexpected: stray",
+    ):
+        assert problem in str(error.value)
+    assert len(str(error.value).splitlines()) == 7
+
+
+def test_a_key_in_two_shards_is_refused(tmp_path):
+    for n in range(2):
+        save_file({"a": np.zeros(n + 1, np.float32)}, tmp_path / f"model-{n}.safetensors")
+    with pytest.raises(ValueError, match="a is in .*model-0.* and again in .*model-1"):
+        find_tensors(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index = {"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model-0.safetensors")
+    with pytest.raises(FileNotFoundError, match="model-1.safetensors.* does not exist"):
+        find_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        find_tensors(tmp_path)
+
+
+def test_other_files_beside_the_usual_name_are_left_alone(tmp_path):
+    # stabilityai/sdxl-vae has the same weights again, under other names.
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / VAE_FILE)
+    save_file({"b": np.zeros(1, np.float32)}, tmp_path / "sdxl_vae.safetensors")
+    assert list(find_tensors(tmp_path)) == ["a"]
+
+
+def test_writing_refuses_other_parameters(tmp_path):
+    tree, _ = toy(2, 1, 3, np.float32)
+    leaves = plan(RULES, tree)
+    tree["extra"] = tree["blocks_0"].pop("scale")
+    with pytest.raises(ValueError, match="blocks_0/scale has shape None.*unexpected extra"):
+        write_params(leaves, tree, tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
+def as_bfloat16(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint folder with bfloat16 tensors, some bits of them not numbers."""
+    shutil.copytree(source, target)
+    for file in target.glob("*.safetensors"):
+        arrays = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(file).items()}
+        first = arrays[min(arrays)]
+        first.reshape(-1)[:4] = [np.nan, -np.inf, -0.0, 1e-40]
+        save_file(arrays, file, {"format": "pt"})
+    return target
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hf_to_jflow_to_hf_is_bit_exact(tmp_path, dtype):
+    source, vae = TINY, VAE
+    if dtype == "bfloat16":
+        source, vae = as_bfloat16(TINY, tmp_path / "src"), as_bfloat16(VAE, tmp_path / "vae")
+    ckpt, out = str(tmp_path / "ckpt"), tmp_path / "hf"
+    assert main(["from-hf", str(source), "--vae", str(vae), "--out", ckpt]) == 0
+    params, _, _ = checkpoints.load_checkpoint(ckpt)
+    assert {str(array.dtype) for _, array in flatten(params)} == {dtype}
+    assert main(["to-hf", ckpt, "--out", str(out)]) == 0
+    equal_bits(load_file(out / "model.safetensors"), load_file(source / "model.safetensors"))
+    equal_bits(load_file(out / "vae" / VAE_FILE), load_file(vae / VAE_FILE))
+    texts = {file.name: file.read_bytes() for file in source.glob("*.json")}
+    assert {file.name: file.read_bytes() for file in out.glob("*.json")} == texts
+    assert (out / "vae" / CONFIG).read_bytes() == (vae / CONFIG).read_bytes()
+
+
+def test_values_land_where_the_reference_has_them(tmp_path):
+    """Against the layouts written out by hand, not by the table."""
+    ckpt = tmp_path / "ckpt"
+    assert main(["from-hf", str(TINY), "--out", str(ckpt)]) == 0
+    params, _, _ = checkpoints.load_checkpoint(ckpt)
+    ours, hf = params["janusflow"], load_file(TINY / "model.safetensors")
+    layers = ours["language_model"]["layers"]["block"]
+    np.testing.assert_array_equal(
+        layers["mlp"]["up_proj"]["kernel"][2],
+        hf["language_model.model.layers.2.mlp.up_proj.weight"].T,
+    )
+    np.testing.assert_array_equal(
+        ours["vision_und_enc_model"]["patch_embed_kernel"],
+        hf["vision_und_enc_model.vision_tower.patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+    )
+    np.testing.assert_array_equal(
+        ours["vision_gen_dec_model"]["mid_block"]["res_blocks_1"]["depthwise_kernel"],
+        hf["vision_gen_dec_model.mid_block.res_blocks.1.depthwise.weight"][:, 0].transpose(1, 2, 0),
+    )
+
+
+def test_line_ends_and_unicode_of_files_survive(tmp_path):
+    source = shutil.copytree(TINY, tmp_path / "src")
+    text = '{\r\n "é": "\u2028 \\ud83d",\t"<｜begin▁of▁sentence｜>": 1}\n\n'.encode()
+    (source / "extra.json").write_bytes(text)
+    assert main(["from-hf", str(source), "--out", str(tmp_path / "ckpt")]) == 0
+    assert main(["to-hf", str(tmp_path / "ckpt"), "--out", str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "extra.json").read_bytes() == text
+
+
+def test_config_is_generated_where_none_travelled(tmp_path):
+    ckpt, out = tmp_path / "ckpt", tmp_path / "hf"
+    assert main(["from-hf", str(TINY), "--vae", str(VAE), "--out", str(ckpt)]) == 0
+    params, config, _ = checkpoints.load_checkpoint(ckpt)
+    checkpoints.save_checkpoint(tmp_path / "own", params, config, {})
+    assert main(["to-hf", str(tmp_path / "own"), "--out", str(out)]) == 0
+    config, siglip = (json.loads((out / name).read_text()) for name in (CONFIG, SIGLIP))
+    want = json.loads((TINY / CONFIG).read_text()), json.loads((TINY / SIGLIP).read_text())
+    assert JanusFlowConfig.from_hf(config, siglip) == JanusFlowConfig.from_hf(*want)
+    written, given = ((folder / CONFIG).read_text() for folder in (out / "vae", VAE))
+    assert json.loads(written) == json.loads(given)
+    assert main(["from-hf", str(out), "--vae", str(out / "vae"), "--out", str(tmp_path / "2")]) == 0
+
+
+def test_legacy_vae_names_are_read(tmp_path):
+    new_to_old = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+    arrays, want = {}, load_file(VAE / VAE_FILE)
+    for name, array in want.items():
+        for new, old in new_to_old.items():
+            name = name.replace(new, old)
+        arrays[name] = array
+    assert arrays.keys() != want.keys()
+    vae = shutil.copytree(VAE, tmp_path / "vae")
+    save_file(arrays, vae / VAE_FILE)
+    assert main(["from-hf", str(TINY), "--vae", str(vae), "--out", str(tmp_path / "ckpt")]) == 0
+    assert main(["to-hf", str(tmp_path / "ckpt"), "--out", str(tmp_path / "hf")]) == 0
+    equal_bits(load_file(tmp_path / "hf" / "vae" / VAE_FILE), want)
+
+
+def full_keys(name: str) -> tuple[dict, dict]:
+    """(config, {key: shape}) of a full-size checkpoint."""
+    listed = json.loads((GOLDEN / f"keys_{name}.json").read_text())
+    return listed["config"], {key: tuple(shape) for key, shape in listed["keys"].items()}
+
+
+def test_full_size_keys_and_shapes():
+    config, want = full_keys("janusflow_1p3b")
+    leaves = janusflow_leaves(JanusFlowConfig.from_hf(config))
+    assert {key: leaf.hf_shape for leaf in leaves for key in leaf.keys} == want
+    config, want = full_keys("sdxl_vae")
+    leaves = vae_leaves(VAEConfig.from_hf(config))
+    assert {key: leaf.hf_shape for leaf in leaves for key in leaf.keys} == want
+
+
+def broken_sources():
+    def truncated(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:-1000])
+
+    def without_config(folder):
+        (folder / CONFIG).unlink()
+
+    def other_config(folder):
+        (folder / CONFIG).write_text('{"model_type": "llama"}')
+
+    def broken_json(folder):
+        (folder / "tokenizer.json").write_text('{"a": ')
+
+    def without_weights(folder):
+        (folder / "model.safetensors").unlink()
+
+    def smaller(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        config["language_config"]["num_hidden_layers"] = 3
+        (folder / CONFIG).write_text(json.dumps(config))
+
+    return {
+        truncated: "model.safetensors is truncated or damaged",
+        without_config: "There is no config.json",
+        other_config: "not a JanusFlow",
+        broken_json: "tokenizer.json is not valid JSON",
+        without_weights: "no *.safetensors files",
+        smaller: "unexpected: language_model.model.layers.3.mlp.down_proj.weight",
+    }
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [pytest.param(*case, id=case[0].__name__) for case in broken_sources().items()],
+)
+def test_broken_sources_leave_nothing(tmp_path, capsys, damage, message):
+    source = shutil.copytree(TINY, tmp_path / "src")
+    damage(source)
+    assert main(["from-hf", str(source), "--out", str(tmp_path / "ckpt")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert [file.name for file in tmp_path.iterdir()] == ["src"]
+
+
+def test_a_download_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
+    def offline(*args, **kwargs):
+        raise RuntimeError("no network\nmore")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert main(["from-hf", "nobody/nothing", "--out", str(tmp_path / "ckpt")]) == 2
+    error = capsys.readouterr().err
+    assert "nobody/nothing is not a folder" in error and "no network\n" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
+    ckpt = tmp_path / "ckpt"
+    assert main(["from-hf", str(TINY), "--out", str(ckpt)]) == 0
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jflow.convert.__main__.write_params", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(["to-hf", str(ckpt), "--out", str(tmp_path / "hf")])
+    assert list(tmp_path.iterdir()) == [ckpt]
+
+
+def peak_gigabytes(arguments: list[str]) -> float:
+    """Peak memory of a conversion in a process of its own; ru_maxrss would count this one's too."""
+    code = (
+        "import sys; from jflow.convert.__main__ import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(next(x for x in open('/proc/self/status') if x.startswith('VmHWM')).split()[1])\n"
+        "sys.exit(status)"
+    )
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.split()[-1]) * 1024 / 1e9
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    return {
+        name: zlib.crc32(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_full_size_conversion_is_exact_and_fits_in_memory(tmp_path):
+    """2.05 B bfloat16 parameters in shards and the float32 VAE: within 1.3x their size."""
+    config, shapes = full_keys("janusflow_1p3b")
+    source, vae, out = tmp_path / "src", tmp_path / "vae", tmp_path / "hf"
+    vae_config, vae_shapes = full_keys("sdxl_vae")
+    rng, size = np.random.default_rng(0), 0
+    for folder, dtype, listed, shards in (
+        (source, ml_dtypes.bfloat16, shapes, 8),
+        (vae, np.float32, vae_shapes, 1),
+    ):
+        folder.mkdir()
+        (folder / CONFIG).write_text(json.dumps(config if folder is source else vae_config))
+        for n in range(shards):
+            part = {
+                name: rng.standard_normal(listed[name], np.float32).astype(dtype)
+                for name in sorted(listed)[n::shards]
+            }
+            size += sum(array.nbytes for array in part.values()) / 1e9
+            name = VAE_FILE if shards == 1 else f"model-{n}.safetensors"
+            save_file(part, folder / name)
+            del part
+    want, want_vae = checksums(source), checksums(vae)
+    ckpt = str(tmp_path / "ckpt")
+    reading = peak_gigabytes(["from-hf", str(source), "--vae", str(vae), "--out", ckpt])
+    writing = peak_gigabytes(["to-hf", ckpt, "--out", str(out)])
+    print(f"{size:.2f} GB: peak {reading:.2f} GB from HF, {writing:.2f} GB to HF")
+    assert checksums(out) == want and checksums(out / "vae") == want_vae
+    assert reading <= 1.3 * size and writing <= 1.3 * size
