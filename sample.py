@@ -15,12 +15,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jflow.prompts import Message, user_question
 from tqdm import tqdm
 
 from jflow import images
 from jflow.compilation import CompileStats, enable_cache
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
+from jflow.prompts import Message, user_question
 from jflow.samplers import SOLVERS
 
 
@@ -110,7 +110,8 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
 
     out, drawn = Path(args.out), []
     batches = pipeline.generate(texts, args.num, options, args.batch_size, init_image)
-    count = -(-len(texts) * args.num // min(args.batch_size, len(texts) * args.num))
+    total = len(texts) * args.num
+    count = -(-total // max(1, min(args.batch_size, total)))
     for batch in tqdm(batches, total=count, desc="drawing", unit="batch"):
         for image in batch:
             prompt, index = divmod(len(drawn), args.num)

@@ -4,11 +4,14 @@ A checkpoint is one Orbax composite with the items
   params  {"janusflow": ..., "vae": ...}, nested dicts of arrays; "vae" may be absent
   config  whatever dict describes the models
   files   {name: text} of the tokenizer and processor files that belong to the model
-so that a reader takes what it needs. A run folder holds such folders, named by their step.
+so that a reader takes what it needs, and checksums.json with the crc32 of every file, since neither
+Orbax nor its compression notices a flipped bit. A run folder holds such folders, named by step.
 """
 
+import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +28,8 @@ from orbax.checkpoint import type_handlers
 CHUNK_BYTES = 8 * 2**20
 FILE_BYTES = 64 * 2**20
 # Arrays are restored in groups of about this many bytes.
-RESTORE_BYTES = 256 * 2**20
+RESTORE_BYTES = 64 * 2**20
+CHECKSUMS = "checksums.json"
 
 
 def require_new(path: str | Path) -> None:
@@ -70,6 +74,7 @@ def save_checkpoint(path: str | Path, params: dict, config: dict, files: dict[st
             files=ocp.args.JsonSave(files),
         )
         checkpointer.save(folder, items)
+        write_checksums(folder)
 
 
 def load_checkpoint(
@@ -88,6 +93,7 @@ def load_checkpoint(
     folder = find_checkpoint(path)
     config, files = read_metadata(folder)
     with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        _verify(folder)
         shapes = checkpointer.metadata(folder).item_metadata.params.tree
         if not isinstance(sharding, dict):
             one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -138,12 +144,40 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path} is a Hugging Face folder: convert it with "
             f"python -m jflow.convert from-hf {path} --vae VAE --out DIR."
         )
-    raise ValueError(f"{path} is not a jflow checkpoint: it has no complete params folder.")
+    raise ValueError(f"{path} is not a complete jflow checkpoint: it has no {CHECKSUMS}.")
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    # Orbax writes this file last of all that belong to the parameters.
-    return (folder / "params" / "_METADATA").is_file()
+    return (folder / CHECKSUMS).is_file()
+
+
+def write_checksums(folder: Path) -> None:
+    """Completes a checkpoint folder: without this file it does not count as one."""
+    sums = {
+        file.relative_to(folder).as_posix(): _crc32(file)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(CHECKSUMS)
+    }
+    partial = folder / f"{CHECKSUMS}.tmp"
+    partial.write_text(json.dumps(sums, indent=1), encoding="utf-8")
+    os.replace(partial, folder / CHECKSUMS)
+
+
+def _crc32(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as data:
+        while part := data.read(CHUNK_BYTES):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
+
+
+def _verify(folder: Path) -> None:
+    """Raises ValueError for the first file that is not what was written."""
+    for name, checksum in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing.")
+        if _crc32(folder / name) != checksum:
+            raise ValueError(f"{name} is not what was written.")
 
 
 @contextmanager
@@ -169,6 +203,9 @@ def _reported_as_damage(folder: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the files
     except Exception as error:
-        # Orbax and TensorStore raise many types, bare Exception among them.
-        reason = " ".join(str(error).split())[:200]
+        # Orbax and TensorStore raise many types, bare Exception among them; the first cause tells.
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = " ".join(str(cause).split())[:200]
         raise ValueError(f"The checkpoint {folder} is damaged or incomplete: {reason}") from error

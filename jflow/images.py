@@ -19,6 +19,8 @@ def load_image(path: str | Path) -> Image.Image:
     Raises FileNotFoundError or ValueError in one sentence that names the file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the image file in it.")
     if not path.is_file():
         raise FileNotFoundError(f"There is no image file {path}.")
     if path.stat().st_size == 0:
@@ -26,19 +28,20 @@ def load_image(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            return to_rgb(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that can be read.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} has too many pixels: scale it down first.") from error
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}.") from error
-    return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode of PIL -> RGB of 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would cut 16 bits off at 255 instead of scaling them.
-        values = np.asarray(image, np.float64)
+        values = np.nan_to_num(np.asarray(image, np.float64), nan=0, posinf=0, neginf=0)
         if image.mode != "F" or values.max() > 255:
             values = values * (255 / 65535)
         elif values.max() <= 1:

@@ -27,8 +27,42 @@ class Message:
     content: str
 
 
+# What transformers calls them, in the order in which it appends those that are missing.
+_SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
 def _parse(files: Mapping[str, str], name: str) -> dict:
-    return json.loads(files[name]) if name in files else {}
+    try:
+        return json.loads(files.get(name, "{}"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}.") from error
+
+
+def _special_tokens(config: dict, special_map: dict) -> dict:
+    """Both files' special tokens; special_tokens_map.json counts unless the first declares all."""
+    if "added_tokens_decoder" in config:
+        return config
+    name = "additional_special_tokens"
+    both = [*(config.get(name) or []), *(special_map.get(name) or [])]
+    return config | special_map | {name: both}
+
+
+def _append_missing(tokenizer: tokenizers.Tokenizer, special: dict) -> None:
+    """Appends the declared tokens that tokenizer.json lacks, numbered as transformers 4.46 did.
+
+    That includes LlamaTokenizerFast's own default "<unk>", unless the files say there is none.
+    """
+    declared = special.get("added_tokens_decoder", {})
+    tokens = [declared[number] for number in sorted(declared, key=int)]
+    named = {"unk_token": "<unk>"} | special
+    tokens += [{"content": _text(named.get(f"{name}_token"), "")} for name in _SPECIAL_TOKENS]
+    tokens += [{"content": _text(t, "")} for t in special.get("additional_special_tokens") or []]
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    for token in tokens:
+        fields = {"special": True} | {k: v for k, v in token.items() if k != "__type"}
+        if fields["content"] and fields["content"] not in known:
+            tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
+            known.add(fields["content"])
 
 
 def _text(token: str | dict | None, default: str) -> str:
@@ -48,6 +82,10 @@ class Tokenizer:
     ):
         self._tokenizer = tokenizer
         self._add_bos = add_bos
+        # Before anything is appended: without embeddings, these two would be of no use.
+        self.bos_id = self._id(_text(special.get("bos_token"), "<｜begin▁of▁sentence｜>"))
+        self.eos_id = self._id(_text(special.get("eos_token"), _END_OF_TURN))
+        _append_missing(tokenizer, special)
         tags = {
             name: _text(processor.get(name), default)
             for name, default in (
@@ -66,8 +104,6 @@ class Tokenizer:
         self.image_start_id = tokenizer.token_to_id(tags["image_start_tag"])
         self.image_end_id = tokenizer.token_to_id(tags["image_end_tag"])
         self.image_tag = tags["image_tag"]
-        self.bos_id = self._id(_text(special.get("bos_token"), "<｜begin▁of▁sentence｜>"))
-        self.eos_id = self._id(_text(special.get("eos_token"), _END_OF_TURN))
         pad = tokenizer.token_to_id("<｜▁pad▁｜>")
         self.pad_id = self.eos_id if pad is None else pad
         self.num_image_tokens = processor.get("num_image_tokens", 576)
@@ -88,7 +124,10 @@ class Tokenizer:
         except Exception as error:  # tokenizers raises bare Exception
             raise ValueError(f"tokenizer.json cannot be read: {error}.") from error
         config = _parse(files, "tokenizer_config.json")
-        special = config | _parse(files, "special_tokens_map.json")
+        special = _special_tokens(config, _parse(files, "special_tokens_map.json"))
+        # Neither is for us: what is too long is refused, not cut.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
         processor = _parse(files, "processor_config.json")
         return cls(tokenizer, special, processor, config.get("add_bos_token", True))
 
@@ -146,8 +185,11 @@ def understanding_tokens(
     """[L] int32: BOS, the chat, each placeholder as [begin][N x image][end].
 
     What stands at begin and at the N image tokens is overwritten by the image's embeddings, see
-    `image_slots`. Raises ValueError if placeholders and images differ in number.
+    `image_slots`. Raises ValueError if a user's turn is empty, or if placeholders and images
+    differ in number.
     """
+    if any(message.role == "User" and not message.content.strip() for message in messages):
+        raise ValueError("The question is empty: write what you want to know.")
     ids = np.array(tokenizer.encode(chat_text(messages, system_prompt)), np.int32)
     found = int(np.sum(ids == tokenizer.image_id))
     if found != num_images:

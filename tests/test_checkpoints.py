@@ -91,8 +91,8 @@ def test_a_run_folder_gives_its_latest_whole_step(tmp_path):
     for step in (9, 10, 11):
         config = {"step": step}
         checkpoints.save_checkpoint(tmp_path / f"{step:08d}", params(step), config, FILES)
-    # What Orbax leaves of a save that was killed.
-    (tmp_path / "00000011" / "params" / "_METADATA").unlink()
+    # Two saves that were killed.
+    (tmp_path / "00000011" / checkpoints.CHECKSUMS).unlink()
     shutil.copytree(tmp_path / "00000010", tmp_path / "00000012.orbax-checkpoint-tmp")
     got, config, _ = checkpoints.load_checkpoint(tmp_path)
     assert config == {"step": 10}
@@ -112,11 +112,13 @@ def test_an_empty_folder_is_used(tmp_path):
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
 def test_an_interrupted_save_leaves_nothing(tmp_path, monkeypatch, stop):
-    class Interrupted(ocp.JsonCheckpointHandler):
-        def finalize(self, directory):
-            raise stop("No space left on device")
+    save = ocp.Checkpointer.save
 
-    monkeypatch.setattr(ocp, "JsonCheckpointHandler", Interrupted)
+    def interrupted(*args, **kwargs):
+        save(*args, **kwargs)
+        raise stop("No space left on device")
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", interrupted)
     with pytest.raises(stop):
         checkpoints.save_checkpoint(tmp_path / "ckpt", params(), CONFIG, FILES)
     assert not list(tmp_path.iterdir())
@@ -126,7 +128,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     for read in (checkpoints.load_checkpoint, checkpoints.read_metadata):
         with pytest.raises(FileNotFoundError, match="There is no checkpoint folder"):
             read(tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="is not a jflow checkpoint"):
+        with pytest.raises(ValueError, match="is not a complete jflow checkpoint"):
             read(tmp_path)
         with pytest.raises(ValueError, match="python -m jflow.convert from-hf .*golden/tiny"):
             read(GOLDEN / "tiny")
@@ -136,21 +138,32 @@ def largest(folder):
     return max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
 
 
-@pytest.mark.parametrize("part", ["data", "data emptied", "data deleted", "manifest", "_METADATA"])
-def test_a_damaged_checkpoint_is_named(saved, part):
-    file = largest(saved / "params")
-    if part == "manifest":
-        file = saved / "params" / "manifest.ocdbt"
-    elif part == "_METADATA":
-        file = saved / "params" / "_METADATA"
-    if part == "data deleted":
-        file.unlink()
-    else:
-        keep = 0 if part == "data emptied" else file.stat().st_size // 2
-        file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="ckpt is damaged or incomplete") as error:
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: b"",
+    "a flipped bit": lambda data: (
+        data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 4]) + data[len(data) // 2 + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["largest", "params/manifest.ocdbt", "params/_METADATA"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(saved, name, damage):
+    file = largest(saved) if name == "largest" else saved / name
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    with pytest.raises(ValueError, match=f"ckpt is damaged or incomplete: .*{file.name}"):
         checkpoints.load_checkpoint(saved)
-    assert "\n" not in str(error.value)
+
+
+def test_a_deleted_file_is_named(saved):
+    file = largest(saved)
+    file.unlink()
+    with pytest.raises(ValueError, match=f"damaged or incomplete: .*{file.name} is missing"):
+        checkpoints.load_checkpoint(saved)
+    (saved / checkpoints.CHECKSUMS).unlink()
+    with pytest.raises(ValueError, match="not a complete jflow checkpoint: it has no checksums"):
+        checkpoints.load_checkpoint(saved)
 
 
 @pytest.mark.parametrize("item", ["config", "files"])

@@ -25,6 +25,8 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Tensors are written in parts of at most about this many bytes.
+WRITE_BYTES = 32 * 2**20
 
 
 class Rule(NamedTuple):
@@ -281,9 +283,11 @@ def write_params(
             for leaf in leaves:
                 array = np.asarray(arrays[leaf.path])
                 for layer in array if leaf.stacked else array[None]:
-                    tensor = np.ascontiguousarray(rearrange(layer, inverse(leaf.pattern)))
-                    # As bytes, since bfloat16 has no buffer of its own.
-                    out.write(tensor.reshape(-1).view(np.uint8))
+                    tensor = np.atleast_1d(rearrange(layer, inverse(leaf.pattern)))
+                    # In parts, since a transposed word embedding is copied to be written.
+                    for rows in np.array_split(tensor, -(-tensor.nbytes // WRITE_BYTES)):
+                        # As bytes, since bfloat16 has no buffer of its own.
+                        out.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
                     on_bytes(tensor.nbytes)
         os.replace(partial, file)
     finally:

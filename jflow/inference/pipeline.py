@@ -155,6 +155,16 @@ class Pipeline:
                 "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
             )
 
+    def _check(self, row: np.ndarray, more: int, what: str):
+        language = self.model.config.language
+        prompts.check_length(len(row) + more, language.max_position_embeddings, what)
+        if row.max() >= language.vocab_size:
+            raise ValueError(
+                f"The text becomes the token id {row.max()}, but the model has only "
+                f"{language.vocab_size} embeddings: leave out such special tokens, or convert "
+                f"again with the tokenizer that belongs to the model."
+            )
+
     def generate(
         self,
         texts: Sequence[str],
@@ -176,9 +186,8 @@ class Pipeline:
         shape, grid = self.latent_shape, options.grid()
         rows = [prompts.generation_tokens(self.tokenizer, text) for text in texts]
         side = self.model.config.gen_encoder.tokens_along(shape[0])
-        limit = self.model.config.language.max_position_embeddings
         for row in rows:
-            prompts.check_length(len(row) + 1 + side**2, limit, "prompt and image")
+            self._check(row, 1 + side**2, "prompt and image")
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET, self.tokenizer.pad_id)
         start = None
         if init_image is not None:
@@ -229,16 +238,14 @@ class Pipeline:
         every answer, every few tokens; the last one is the result. Raises ValueError in one
         sentence for an empty or overlong question and for images without a placeholder.
         """
-        tokenizer, config = self.tokenizer, self.model.config
+        tokenizer = self.tokenizer
         rows = [
             prompts.understanding_tokens(tokenizer, question.messages, len(question.images))
             for question in questions
         ]
         reserve = -(-options.max_new_tokens // DECODE_CHUNK) * DECODE_CHUNK
         for row in rows:
-            prompts.check_length(
-                len(row) + reserve, config.language.max_position_embeddings, "question and answer"
-            )
+            self._check(row, reserve, "question and answer")
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
         pixels, slots = self._place_images(questions, rows, tokens.shape[1])
         state = prefill(
