@@ -15,7 +15,7 @@ from jflow.inference.image import (
     initial_noise,
     sample_latents,
 )
-from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, pad_rows
+from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, check_parts, pad_rows
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.layers import Precision
 from jflow.models.llama import LlamaConfig
@@ -118,6 +118,18 @@ def test_image_to_image(tiny):
     grid = replace(options, strength=0.5).grid()
     assert len(grid.dt) == 2 and grid.timesteps[0] == 500
 
+    # A shifted grid begins elsewhere, and the image is noised to just there.
+    shifted = replace(options, strength=0.5, shift=3.0)
+    assert shifted.grid().timesteps[0] == pytest.approx(250)
+    one_step = [
+        np.concatenate(list(tiny.generate([SHORT], 1, o, init_image=photo)))
+        for o in (
+            ImageOptions(steps=2, strength=0.5, shift=3.0),
+            ImageOptions(steps=1, strength=0.75),
+        )
+    ]
+    np.testing.assert_array_equal(*one_step)
+
     # Without the model's part, half the way back is half image, half noise.
     pixels = np.random.default_rng(0).uniform(-1, 1, (1, 64, 64, 3)).astype(np.float32)
     x = encode_pixels(tiny.vae, tiny.params["vae"], pixels)
@@ -198,3 +210,10 @@ def test_bad_prompts_are_one_sentence(tiny):
         next(tiny.generate(["word " * 20000], 1))
     with pytest.raises(ValueError, match="no VAE"):
         next(replace(tiny, vae=None).generate([SHORT], 1))
+
+
+def test_parts_that_do_not_fit_are_all_named(tiny):
+    vae = tiny.vae.clone(config=replace(tiny.vae.config, latent_channels=8))
+    processor = replace(tiny.processor, image_size=96)
+    with pytest.raises(ValueError, match=r"image_size .*\(96\).*; the VAE's latent_channels \(8\)"):
+        check_parts(tiny.model.config, vae, tiny.tokenizer, processor)

@@ -102,6 +102,35 @@ def pad_rows(rows: Sequence[np.ndarray], multiple: int, fill: int) -> tuple[np.n
     return tokens, lengths
 
 
+def check_parts(
+    config: JanusFlowConfig,
+    vae: AutoencoderKL | None,
+    tokenizer: prompts.Tokenizer,
+    processor: images.ImageProcessor,
+) -> None:
+    """Raises one ValueError with everything in which the parts of a checkpoint disagree."""
+    siglip, encoder = config.siglip, config.gen_encoder
+    pairs = [
+        ("num_image_tokens of processor_config.json", tokenizer.num_image_tokens,
+         "SigLIP's patches", siglip.num_tokens),
+        ("image_size of preprocessor_config.json", processor.image_size,
+         "SigLIP's image_size", siglip.image_size),
+    ]  # fmt: skip
+    if vae is not None:
+        side = siglip.image_size // vae.config.downscale
+        back = encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
+        channels = vae.config.latent_channels
+        pairs += [
+            ("the VAE's latent_channels", channels, "vision_gen_enc's", encoder.input_channels),
+            ("the VAE's latent_channels", channels, "vision_gen_dec's",
+             config.gen_decoder.out_channels),
+            ("latents along a side", side, "what the decoder gives back", back),
+        ]  # fmt: skip
+    wrong = [f"{a} ({x}) and {b} ({y})" for a, x, b, y in pairs if x != y]
+    if wrong:
+        raise ValueError(f"The parts of the checkpoint do not fit: {'; '.join(wrong)}.")
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Model, parameters and tokenizer of one checkpoint; `from_checkpoint` makes it."""
@@ -133,12 +162,15 @@ class Pipeline:
         if not scan_layers:
             language = params["janusflow"].pop("language_model")
             params["janusflow"]["language_model"] = unstack_layers(language)
+        tokenizer = prompts.Tokenizer.from_files(files)
+        processor = images.ImageProcessor.from_files(files)
+        check_parts(model_config, vae, tokenizer, processor)
         return cls(
             model=JanusFlow(model_config, precision, scan_layers),
             vae=vae,
             params=params,
-            tokenizer=prompts.Tokenizer.from_files(files),
-            processor=images.ImageProcessor.from_files(files),
+            tokenizer=tokenizer,
+            processor=processor,
         )
 
     @property
@@ -203,7 +235,7 @@ class Pipeline:
             ids = np.minimum(np.arange(first, first + batch_size), len(prompt_ids) - 1)
             z = initial_noise(options.seed, image_ids[ids], shape)
             if start is not None:
-                z = flow.interpolate(start, z, 1 - options.strength)
+                z = flow.interpolate(start, z, grid.timesteps[0] / 1000)
             latents = sample_latents(
                 self.model,
                 self.params["janusflow"],
