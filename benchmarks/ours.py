@@ -28,14 +28,12 @@ def leaves_of(config: dict):
 
 def write_weights(workload: Workload) -> None:
     """Makes the weights of the golden README's rule, in the released names."""
-    keys = {
-        key: list(leaf.hf_shape) for leaf in leaves_of(workload.config) for key in leaf.keys
-    }
+    keys = {key: list(leaf.hf_shape) for leaf in leaves_of(workload.config) for key in leaf.keys}
     write_shards(keys, {}, jnp.dtype(workload.dtype), workload.weights, "model")
 
 
 def jobs(workload: Workload) -> dict[str, Callable]:
-    """{name: job}; every job returns (seconds, array), `sample` and `vae` take a batch size."""
+    """{name: job}; every job returns (seconds, arrays...); `sample` and `vae` take a batch size."""
     dtype = jnp.dtype(workload.dtype)
     precision = Precision(param=dtype, compute=dtype)
     config = JanusFlowConfig.from_hf(workload.config, SIGLIP_SIZES)
@@ -63,7 +61,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
         pixels = np.zeros((1, 0, 1, 1, 3), np.float32)
         slots = np.zeros((1, 0, 1), np.int32)
         state = prefill(answering, unstacked, tokens, lengths, pixels, slots, workload.new_tokens)
-        logits, written = np.asarray(state.logits), []
+        logits, written = np.asarray(jax.block_until_ready(state).logits), []
         keys = jax.random.split(jax.random.key(0), 1)
         began = time.perf_counter()
         while len(written) * DECODE_CHUNK < workload.new_tokens:
@@ -73,7 +71,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
             )  # fmt: skip
             written.append(np.asarray(new))
         seconds = time.perf_counter() - began
-        return seconds, np.concatenate([logits, *written], axis=1)
+        return seconds, logits, np.concatenate(written, axis=1)
 
     def decode_vae(batch):
         decoder = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
@@ -96,6 +94,6 @@ def jobs(workload: Workload) -> dict[str, Callable]:
         for _ in range(repeats):
             result = product(factor, factor)
         jax.block_until_ready(result)
-        return (time.perf_counter() - began) / repeats, np.zeros(0)
+        return ((time.perf_counter() - began) / repeats,)
 
     return {"sample": sample, "answer": answer, "vae": decode_vae, "matmul": matmul}

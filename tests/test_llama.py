@@ -108,14 +108,18 @@ def test_cache_and_layers_apart_equal_the_full_forward(seed):
     apart_variables = {"params": unstack_layers(dict(variables["params"]))}
     for m, v in ((model, variables), (apart, apart_variables)):
         head = m.apply(v, x[:, :5], positions[:, :5], ones[:, :5])
-        k, v_cache = (
-            jnp.pad(a, ((0, 0), (0, 0), (0, 3), (0, 0), (0, 0)), constant_values=9.0)
-            for a in (head.k, head.v)
-        )
-        cache = KVCache(k, v_cache, jnp.pad(jnp.ones((2, 5), int), ((0, 0), (0, 3))))
+        cache = KVCache.of(head.k, head.v, ones[:, :5], reserve=3)
+        # What is in an empty slot does not matter.
+        cache = cache.replace(k=cache.k.at[..., 5:].set(9.0), v=cache.v.at[..., 5:, :].set(9.0))
         tail = m.apply(v, x[:, 5:], positions[:, 5:], ones[:, 5:], cache)
         got = jnp.concatenate([head.hidden, tail.hidden], axis=1)
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+        # The same again, the cache written in two parts.
+        first = KVCache.of(head.k[:, :, :2], head.v[:, :, :2], ones[:, :2], reserve=6)
+        written = first.write(head.k[:, :, 2:], head.v[:, :, 2:], ones[:, 2:5], 2)
+        np.testing.assert_array_equal(written.segment_ids, [[1] * 5 + [0] * 3] * 2)
+        again = m.apply(v, x[:, 5:], positions[:, 5:], ones[:, 5:], written)
+        np.testing.assert_allclose(again.hidden, tail.hidden, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -28,7 +28,7 @@ def encode_prefix(model: JanusFlow, params: dict, tokens: jax.Array, lengths: ja
     variables = {"params": params}
     x = model.apply(variables, tokens, method="embed_text")
     out = model.apply(variables, x, positions, segment_ids, method="language")
-    return KVCache(k=out.k, v=out.v, segment_ids=segment_ids)
+    return KVCache.of(out.k, out.v, segment_ids)
 
 
 def with_unconditional(prefix: KVCache) -> KVCache:

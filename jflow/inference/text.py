@@ -47,13 +47,8 @@ def prefill(
     x = model.apply(variables, tokens, pixels, slots, method="embed_understanding")
     out = model.apply(variables, x, positions, segment_ids, method="language")
     last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    reserve = ((0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0))
     return DecodeState(
-        cache=KVCache(
-            k=jnp.pad(out.k, reserve),
-            v=jnp.pad(out.v, reserve),
-            segment_ids=jnp.pad(segment_ids, reserve[1:3]),
-        ),
+        cache=KVCache.of(out.k, out.v, segment_ids, reserve=max_new_tokens),
         slot=jnp.asarray(tokens.shape[1], jnp.int32),
         positions=lengths,
         logits=model.apply(variables, last, method="logits"),
@@ -108,7 +103,6 @@ def decode(
     variables = {"params": params}
     batch = state.positions.shape[0]
     ones = jnp.ones((batch, 1), jnp.int32)
-    put = jax.lax.dynamic_update_slice_in_dim
 
     def unfinished(carry):
         state, _, i = carry
@@ -123,11 +117,7 @@ def decode(
         x = model.apply(variables, token[:, None], method="embed_text")
         out = model.apply(variables, x, state.positions[:, None], ones, cache, method="language")
         state = state.replace(
-            cache=KVCache(
-                k=put(cache.k, out.k, state.slot, axis=2),
-                v=put(cache.v, out.v, state.slot, axis=2),
-                segment_ids=put(cache.segment_ids, ones, state.slot, axis=1),
-            ),
+            cache=cache.write(out.k, out.v, ones, state.slot),
             slot=state.slot + 1,
             positions=state.positions + 1,
             logits=model.apply(variables, out.hidden[:, 0], method="logits"),

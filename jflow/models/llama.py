@@ -214,7 +214,7 @@ class Llama(nn.Module):
           x: [B, T, C] embeddings.
           positions: [B, T] rotary positions, the cached tokens not counted.
           segment_ids: [B, T]; a token sees the earlier tokens of its own segment.
-          cache: what lies before, [layers, B, S, K, D]; read only.
+          cache: what lies before; read only.
           tap_layer: 1-based block whose output becomes `tap` (REPA uses 6), None for no tap.
         """
         layers = self.config.num_hidden_layers
