@@ -4,6 +4,7 @@ A checkpoint is one Orbax composite with the items
   params  {"janusflow": ..., "vae": ...}, nested dicts of arrays; "vae" may be absent
   config  whatever dict describes the models
   files   {name: text} of the tokenizer and processor files that belong to the model
+  state   what training needs beside params to go on; absent from converted checkpoints
 so that a reader takes what it needs, and checksums.json with the crc32 of every file, since neither
 Orbax nor its compression notices a flipped bit. A run folder holds such folders, named by step.
 """
@@ -15,6 +16,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,10 @@ FILE_BYTES = 64 * 2**20
 # Arrays are restored in groups of about this many bytes.
 RESTORE_BYTES = 64 * 2**20
 CHECKSUMS = "checksums.json"
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was written."""
 
 
 def require_new(path: str | Path) -> None:
@@ -54,26 +60,35 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         os.replace(folder, path)
 
 
-def save_checkpoint(path: str | Path, params: dict, config: dict, files: dict[str, str]) -> None:
+def save_checkpoint(
+    path: str | Path, params: dict, config: dict, files: dict[str, str], state: Any = None
+) -> None:
     """Writes a checkpoint folder; on failure nothing is left of it.
 
     Args:
       path: must not exist, or be an empty folder.
       params: {"janusflow": ..., "vae": ...} of numpy or jax arrays, stored in their dtypes.
       config, files: see the module; both must be expressible in JSON.
+      state: any tree of arrays, None for none.
 
     Raises FileExistsError for a path that is taken.
     """
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), params)
-    with new_folder(path) as folder, _checkpointer() as checkpointer:
-        items = ocp.args.Composite(
-            params=ocp.args.PyTreeSave(
-                params, save_args=save_args, ocdbt_target_data_file_size=FILE_BYTES
-            ),
-            config=ocp.args.JsonSave(config),
-            files=ocp.args.JsonSave(files),
+
+    def arrays(tree):
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+        return ocp.args.PyTreeSave(
+            tree, save_args=save_args, ocdbt_target_data_file_size=FILE_BYTES
         )
-        checkpointer.save(folder, items)
+
+    items = {
+        "params": arrays(params),
+        "config": ocp.args.JsonSave(config),
+        "files": ocp.args.JsonSave(files),
+    }
+    if state is not None:
+        items["state"] = arrays(_numbered(state))
+    with new_folder(path) as folder, _checkpointer() as checkpointer:
+        checkpointer.save(folder, ocp.args.Composite(**items))
         write_checksums(folder)
 
 
@@ -117,6 +132,37 @@ def load_checkpoint(
     return structure.unflatten(arrays), config, files
 
 
+def load_state(path: str | Path, like: Any) -> Any:
+    """Reads what `save_checkpoint` was given as `state`.
+
+    Args:
+      like: a tree of the same structure, of arrays or jax.ShapeDtypeStruct.
+
+    Raises ValueError in one sentence if there is none, or one of another structure.
+    """
+    folder = find_checkpoint(path)
+    if not (folder / "state").is_dir():
+        raise ValueError(f"{path} holds no training state: begin a new run from it instead.")
+    expected = _numbered(like)
+    with _checkpointer() as checkpointer:
+        with _reported_as_damage(folder):
+            found = checkpointer.metadata(folder).item_metadata.state.tree
+        shapes = {name: tuple(leaf.shape) for name, leaf in found.items()}
+        if shapes != {name: tuple(leaf.shape) for name, leaf in expected.items()}:
+            raise ValueError(f"The training state in {path} is that of another model or optimizer.")
+        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=place), expected)
+        item = ocp.args.PyTreeRestore(found, restore_args=restore_args)
+        with _reported_as_damage(folder):
+            restored = checkpointer.restore(folder, ocp.args.Composite(state=item)).state
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
+
+
+def _numbered(tree: Any) -> dict[str, Any]:
+    """The leaves of any tree by number: Orbax would not give back its tuples and classes."""
+    return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+
+
 def read_metadata(path: str | Path) -> tuple[dict, dict[str, str]]:
     """(config, files) of a checkpoint, without its parameters; errors as in load_checkpoint."""
     folder = find_checkpoint(path)
@@ -134,9 +180,9 @@ def find_checkpoint(path: str | Path) -> Path:
     folder = Path(path).resolve()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no checkpoint folder {path}.")
-    if _is_checkpoint(folder):
+    if is_checkpoint(folder):
         return folder
-    steps = [step for step in folder.iterdir() if step.name.isdigit() and _is_checkpoint(step)]
+    steps = [step for step in folder.iterdir() if step.name.isdigit() and is_checkpoint(step)]
     if steps:
         return max(steps, key=lambda step: int(step.name))
     if (folder / "config.json").is_file() or any(folder.glob("*.safetensors")):
@@ -147,7 +193,8 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"{path} is not a complete jflow checkpoint: it has no {CHECKSUMS}.")
 
 
-def _is_checkpoint(folder: Path) -> bool:
+def is_checkpoint(folder: Path) -> bool:
+    """Was this folder written to its end? Its checksums come last."""
     return (folder / CHECKSUMS).is_file()
 
 
@@ -189,6 +236,7 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
     )
     items = ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
         config=ocp.JsonCheckpointHandler(),
         files=ocp.JsonCheckpointHandler(),
     )
@@ -208,4 +256,4 @@ def _reported_as_damage(folder: Path) -> Iterator[None]:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = " ".join(str(cause).split())[:200]
-        raise ValueError(f"The checkpoint {folder} is damaged or incomplete: {reason}") from error
+        raise DamagedError(f"The checkpoint {folder} is damaged or incomplete: {reason}") from error

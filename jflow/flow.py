@@ -22,6 +22,14 @@ def velocity(x: jax.Array, z0: jax.Array) -> jax.Array:
     return x - z0
 
 
+def sample_time(key: jax.Array, mean: float = 0.0, std: float = 1.0) -> jax.Array:
+    """A logit-normal t in (0, 1), sigmoid of N(mean, std^2): what training draws (section 3.3).
+
+    The paper follows SD3 and prints no numbers; 0 and 1 are SD3's best (arXiv 2403.03206).
+    """
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key))
+
+
 def guide(v_cond: jax.Array, v_uncond: jax.Array, guidance_scale: jax.Array) -> jax.Array:
     """Classifier-free guidance, v = w v_cond - (w - 1) v_uncond (eq. 5)."""
     return guidance_scale * v_cond - (guidance_scale - 1) * v_uncond

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -26,15 +27,20 @@ def load_image(path: str | Path) -> Image.Image:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: it is no image.")
     try:
-        with Image.open(path) as opened:
-            opened.load()
-            return to_rgb(ImageOps.exif_transpose(opened))
+        return decode(path)
     except UnidentifiedImageError as error:
         raise ValueError(f"{path} is not an image that can be read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has too many pixels: scale it down first.") from error
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} is damaged or truncated: {error}.") from error
+
+
+def decode(file: str | Path | BinaryIO) -> Image.Image:
+    """Upright RGB of an encoded image; raises whatever PIL raises at what is none."""
+    with Image.open(file) as opened:
+        opened.load()
+        return to_rgb(ImageOps.exif_transpose(opened))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

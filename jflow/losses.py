@@ -1,26 +1,88 @@
-"""The objectives of the paper as arrays in, one number out (section 3.3)."""
+"""The three objectives of the paper, arrays in, numbers out (sections 3.3 and 3.4)."""
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 
-def rectified_flow_loss(v: jax.Array, x: jax.Array, z0: jax.Array) -> jax.Array:
-    """Mean over all latent elements of ||v - (x - z0)||^2 (eq. 7).
+@jax.custom_vjp
+def _logits(x: jax.Array, lm_head: jax.Array) -> jax.Array:
+    """[..., D] and [D, vocab] to float32 logits, not rounded to the dtype of x.
+
+    Left to itself, the backward pass of such a product would run in float32, many times slower
+    than in bfloat16; here its operands have the dtype of x, and only the sums are float32.
+    """
+    return jnp.matmul(x, lm_head.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _logits_forward(x, lm_head):
+    return _logits(x, lm_head), (x, lm_head)
+
+
+def _logits_backward(saved, gradient):
+    x, lm_head = saved
+    gradient = gradient.astype(x.dtype)
+    to_head = jnp.einsum("...D,...V->DV", x, gradient, preferred_element_type=jnp.float32)
+    return gradient @ lm_head.T.astype(x.dtype), to_head.astype(lm_head.dtype)
+
+
+_logits.defvjp(_logits_forward, _logits_backward)
+
+
+def autoregressive(
+    hidden: jax.Array, lm_head: jax.Array, targets: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of -log p(target) and how many targets there are, float32 (eq. 6).
+
+    Args:
+      hidden: [B, L, D] after the final norm; products are computed in its dtype.
+      lm_head: [D, vocab].
+      targets: [B, L], the token that each position must predict, negative for none.
+      chunk: positions of each row whose logits exist at a time; those of a chunk are computed
+        again in the backward pass, so [B, L, vocab] never exists.
+    """
+    rows, length = targets.shape
+    chunk = min(chunk, length)
+    missing = -length % chunk
+    hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
+
+    @jax.checkpoint
+    def add(total, part):
+        x, target = part
+        logits = _logits(x, lm_head)
+        # A comparison and a sum, not a gather: they stay local where the vocabulary is sharded.
+        chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+        picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+        nll = jax.nn.logsumexp(logits, axis=-1) - picked
+        return total + jnp.sum(jnp.where(target >= 0, nll, 0)), None
+
+    parts = (
+        rearrange(hidden, "B (n c) D -> n B c D", c=chunk),
+        rearrange(targets, "B (n c) -> n B c", c=chunk),
+    )
+    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
+    return total, jnp.sum(targets >= 0).astype(jnp.float32)
+
+
+def rectified_flow(v: jax.Array, x: jax.Array, z0: jax.Array) -> jax.Array:
+    """||v - (x - z0)||^2 of each image, the mean over its latent elements, float32 [B] (eq. 7).
 
     Args: predicted velocity v, image latents x, noise z0, each [B, h, w, c].
     """
-    return jnp.mean(jnp.square(v.astype(jnp.float32) - (x - z0)))
+    error = v.astype(jnp.float32) - (x - z0).astype(jnp.float32)
+    return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
-def autoregressive_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Mean of -log p(label) over the labelled tokens (eq. 6).
+def cosine(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Cosine similarity of each image, the mean over its positions, float32 [B] in [-1, 1].
 
-    Args:
-      logits: [B, T, vocab]; position i predicts labels[:, i + 1].
-      labels: [B, T], negative where there is no target.
+    REPA's loss is the negative of it (eq. 8). Args: two [B, N, C].
     """
-    labels = labels[:, 1:]
-    log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    picked = jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-    targets = labels >= 0
-    return -jnp.sum(picked * targets) / jnp.maximum(jnp.sum(targets), 1)
+
+    def unit(x):
+        x = x.astype(jnp.float32)
+        square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-16))  # no NaN for a vector of zeros
+
+    return jnp.mean(jnp.sum(unit(prediction) * unit(target), axis=-1), axis=-1)

@@ -176,6 +176,12 @@ def user_question(question: str, num_images: int) -> str:
     return f"{IMAGE_TAG}\n" * num_images + question
 
 
+def image_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What stands for an image in a row: [begin][N x image][end]."""
+    placeholders = [tokenizer.image_id] * tokenizer.num_image_tokens
+    return [tokenizer.image_start_id, *placeholders, tokenizer.image_end_id]
+
+
 def understanding_tokens(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
@@ -197,11 +203,7 @@ def understanding_tokens(
             f"The conversation has {found} {tokenizer.image_tag} but {num_images} images came "
             f"with it: write one for each image."
         )
-    image = [
-        tokenizer.image_start_id,
-        *[tokenizer.image_id] * tokenizer.num_image_tokens,
-        tokenizer.image_end_id,
-    ]
+    image = image_tokens(tokenizer)
     parts = [image if i == tokenizer.image_id else [i] for i in ids]
     return np.concatenate(parts).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""Paths, time grids and solvers against closed forms; losses against torch."""
+"""Paths, time densities, time grids and solvers against closed forms."""
 
 import json
 import math
@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
+from scipy import stats
 
-from jflow import flow, losses
+from jflow import flow
 from jflow.samplers import SOLVERS
 from tests.goldens import GOLDEN
 
@@ -30,6 +30,19 @@ def test_guidance():
     np.testing.assert_array_equal(flow.guide(v_cond, v_uncond, 1.0), v_cond)
     np.testing.assert_array_equal(flow.guide(v_cond, v_uncond, 0.0), v_uncond)
     np.testing.assert_array_equal(flow.guide(v_cond, v_uncond, 3.0), [3, -2])
+
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 0.5), (-1.0, 2.0)])
+def test_training_times_are_logit_normal(mean, std):
+    keys = jax.random.split(jax.random.key(3), 20_000)
+    t = np.asarray(jax.vmap(lambda key: flow.sample_time(key, mean, std))(keys), np.float64)
+    assert t.min() > 0 and t.max() < 1
+
+    def distance(mean, std):
+        return stats.kstest(t, lambda t: stats.norm.cdf(np.log(t / (1 - t)), mean, std)).statistic
+
+    assert distance(mean, std) < 1.63 / np.sqrt(len(t))  # the 1% level
+    assert distance(mean, 1.1 * std) > 1.63 / np.sqrt(len(t))
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
@@ -108,19 +121,3 @@ def test_solvers_follow_a_straight_line_exactly_and_never_ask_about_the_end(solv
     np.testing.assert_allclose(z, 4.0, rtol=1e-6)
     assert max(asked) < 1000
     assert len(asked) == (9 if solver == "heun" else 5)
-
-
-def test_rectified_flow_loss_equals_torch():
-    v, x, z0 = (RNG.standard_normal((2, 3, 3, 4), np.float32) for _ in range(3))
-    want = torch.nn.functional.mse_loss(torch.tensor(v), torch.tensor(x - z0))
-    assert losses.rectified_flow_loss(v, x, z0) == pytest.approx(float(want), abs=1e-6)
-
-
-def test_autoregressive_loss_equals_torch():
-    logits = RNG.standard_normal((2, 7, 11), np.float32)
-    labels = RNG.integers(0, 11, (2, 7))
-    labels[0, :4] = labels[1, 2] = -100
-    want = torch.nn.functional.cross_entropy(
-        torch.tensor(logits[:, :-1].reshape(-1, 11)), torch.tensor(labels[:, 1:].reshape(-1))
-    )
-    assert losses.autoregressive_loss(logits, labels) == pytest.approx(float(want), abs=1e-6)

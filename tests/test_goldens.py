@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from jflow import flow, images, losses
+from jflow import flow, images
+from jflow.batch import ImageRows, TextRows
 from jflow.convert.engine import flatten, inverse, plan
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES
 from jflow.inference.image import (
@@ -23,6 +24,7 @@ from jflow.inference.image import (
     velocity,
 )
 from jflow.inference.text import decode, prefill
+from jflow.training.objectives import Modules, ObjectiveConfig, image_sums, text_sums
 from tests.goldens import ATOL, GOLDEN, golden, nhwc
 
 UND, GEN, GRAD = (golden(f"golden_tiny_{name}") for name in ("und", "gen", "grad"))
@@ -262,39 +264,62 @@ def check_loss_and_gradients(objective, params, name: str):
     return gradients
 
 
+def pack(array: np.ndarray) -> np.ndarray:
+    """[B, T] of B samples -> [1, B * T], one row with all of them behind each other."""
+    return array.reshape(1, -1)
+
+
+def segments(mask: np.ndarray) -> np.ndarray:
+    """[B, T] masks -> packed segment ids, 0 where the mask is."""
+    return pack(mask * np.arange(1, len(mask) + 1)[:, None])
+
+
 def test_rectified_flow_loss_and_gradients(tiny):
+    """All samples packed into one row of the training batch."""
     x, z0, z_t = (nhwc(GRAD[f"rf.in.{name}"]) for name in ("x", "z0", "z_t"))
     t, mask, ids = GRAD["rf.in.t"], GRAD["rf.in.attention_mask"], GRAD["rf.in.prompt_ids"]
     close(flow.interpolate(x, z0, t), z_t)
+    samples, length = mask.shape
+    rows = ImageRows(
+        tokens=pack(np.pad(ids, ((0, 0), (0, length - ids.shape[1])))),
+        positions=np.tile(np.arange(length), (1, samples)),
+        segment_ids=segments(mask),
+        pixels=np.zeros((1, samples, 64, 64, 3), np.float32),
+        slots=np.arange(samples)[None, :, None] * length + np.arange(ids.shape[1], length),
+        sample_ids=np.arange(samples)[None],
+    )
+    modules = Modules(tiny.model, tiny.vae, None)
+    config = ObjectiveConfig(repa_weight=0.0)
 
     def objective(params):
-        def apply(method, *args):
-            return tiny.model.apply({"params": params}, *args, method=method)
-
-        gen = apply("encode_latents", flow.interpolate(x, z0, t), 1000 * t)
-        sequence = jnp.concatenate([apply("embed_text", ids), gen.embeddings], axis=1)
-        positions = jnp.broadcast_to(jnp.arange(sequence.shape[1]), sequence.shape[:2])
-        hidden = apply("language", sequence, positions, mask).hidden
-        v = apply("decode_velocity", hidden[:, ids.shape[1] + 1 :], gen.skip, gen.t_emb)
-        return losses.rectified_flow_loss(v, x, z0)
+        total, count = image_sums({"janusflow": params}, rows, x, z0, t, modules, config)["rf"]
+        return total / count
 
     check_loss_and_gradients(objective, tiny.params["janusflow"], "rf")
 
 
 def test_autoregressive_loss_and_gradients(tiny):
-    """Trap 5: the released forward detaches beg_of_und_embed; here it has a gradient."""
-    mask = GRAD["ar.in.attention_mask"]
+    """All samples packed into one row, logits in chunks that do not divide it.
+
+    Trap 5: the released forward detaches beg_of_und_embed; here it has a gradient.
+    """
+    mask, labels = GRAD["ar.in.attention_mask"], GRAD["ar.in.labels"]
+    samples, length = mask.shape
     where = slots(GRAD["ar.in.images_seq_mask"], GRAD["ar.in.images_emb_mask"])
-    positions = np.broadcast_to(np.arange(mask.shape[1]), mask.shape)
+    assert where.max() < length
+    rows = TextRows(
+        tokens=pack(GRAD["ar.in.input_ids"]),
+        targets=pack(np.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=-1)),
+        positions=np.tile(np.arange(length), (1, samples)),
+        segment_ids=segments(mask),
+        pixels=nhwc(GRAD["ar.in.pixel_values"]).swapaxes(0, 1),
+        slots=(where + np.arange(samples)[:, None, None] * length).swapaxes(0, 1),
+    )
+    modules, config = Modules(tiny.model, tiny.vae, None), ObjectiveConfig(ar_chunk=13)
 
     def objective(params):
-        def apply(method, *args):
-            return tiny.model.apply({"params": params}, *args, method=method)
-
-        pixels = nhwc(GRAD["ar.in.pixel_values"])
-        x = apply("embed_understanding", GRAD["ar.in.input_ids"], pixels, where)
-        logits = apply("logits", apply("language", x, positions, mask).hidden)
-        return losses.autoregressive_loss(logits, GRAD["ar.in.labels"])
+        total, count = text_sums({"janusflow": params}, rows, modules, config)["ar"]
+        return total / count
 
     gradients = check_loss_and_gradients(objective, tiny.params["janusflow"], "ar")
     assert np.linalg.norm(gradients["beg_of_und_embed"]) > 1e-3

@@ -1,0 +1,32 @@
+"""Stage 1 of the paper (Table 1): new layers learn to speak to a frozen language model.
+
+    python train.py --config configs/adaptation.py init_from=janusflow
+
+Begins from any checkpoint of jflow.convert. Trains the aligners, the generation encoder and
+decoder, begin-of-understanding and the REPA head. The folders of SOURCES are yours to fill; see
+README, Training.
+"""
+
+from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
+from jflow.training.config import TrainConfig
+from jflow.training.optimizer import ADAPTATION, OptimizerConfig
+
+SOURCES = (
+    SourceConfig("understanding", "jsonl", "data/captions/*.jsonl", template="pretrain"),
+    SourceConfig("generation", "jsonl", "data/captions/*.jsonl", template="pretrain"),
+)
+
+
+def get_config() -> TrainConfig:
+    return TrainConfig(
+        name="adaptation",
+        init_from="janusflow",
+        steps=10_000,
+        trainable=ADAPTATION,
+        data=DataConfig(
+            sources=SOURCES,
+            mixture=(MixtureConfig(0, understanding=50, generation=50, text=0),),
+            batch_rows=512,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2000),
+    )

@@ -1,0 +1,127 @@
+"""Typed configs: a Python file makes one, the command line changes fields, JSON keeps it.
+
+A config is a tree of frozen dataclasses, tuples, numbers and strings. Nothing is looked up by
+name: what a field does is found by going to its definition.
+"""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The config that `get_config()` of a Python file returns, with overrides applied.
+
+    Args:
+      path: a file like configs/pretrain.py.
+      overrides: "optimizer.learning_rate=1e-4", see `override`.
+
+    Raises FileNotFoundError or ValueError in one sentence.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no config file {path}.")
+    get_config = runpy.run_path(str(path)).get("get_config")
+    if get_config is None:
+        raise ValueError(f"{path} must define get_config().")
+    config = get_config()
+    for assignment in overrides:
+        config = override(config, assignment)
+    return config
+
+
+def override(config: Any, assignment: str) -> Any:
+    """A copy of a config with one field changed.
+
+    Args:
+      assignment: "a.b.2.c=value": fields by name, entries of tuples by number. The value is read
+        as the type of the one it replaces; None, tuples and numbers where None was are written as
+        in Python.
+
+    Raises ValueError in one sentence, with the nearest name for one that does not exist.
+    """
+    path, separator, text = assignment.partition("=")
+    if not separator:
+        raise ValueError(f"{assignment!r} is no override: write field=value.")
+    return _replace(config, path.split("."), text, assignment)
+
+
+def _replace(node: Any, names: Sequence[str], text: str, assignment: str) -> Any:
+    if not names:
+        return _parse(text, node, assignment)
+    name, *rest = names
+    if dataclasses.is_dataclass(node):
+        fields = [field.name for field in dataclasses.fields(node)]
+        if name not in fields:
+            raise ValueError(f"{assignment}: there is no field {name!r}{_nearest(name, fields)}.")
+        value = _replace(getattr(node, name), rest, text, assignment)
+        return dataclasses.replace(node, **{name: value})
+    if isinstance(node, tuple):
+        if not name.isdigit() or int(name) >= len(node):
+            raise ValueError(f"{assignment}: {name!r} is none of the entries 0..{len(node) - 1}.")
+        entries = list(node)
+        entries[int(name)] = _replace(entries[int(name)], rest, text, assignment)
+        return tuple(entries)
+    raise ValueError(f"{assignment}: {node!r} has no fields.")
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"; did you mean {close[0]!r}?" if close else f" among {', '.join(names)}"
+
+
+def _parse(text: str, old: Any, assignment: str) -> Any:
+    kind = type(old)
+    if isinstance(old, str) and text != "None":
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if text in ("true", "false") else text)
+    except (ValueError, SyntaxError) as error:
+        if old is None:
+            return text
+        raise ValueError(f"{assignment}: {text!r} cannot be read as {kind.__name__}.") from error
+    if kind is float and type(value) is int:
+        value = float(value)
+    if old is not None and value is not None and type(value) is not kind:
+        raise ValueError(f"{assignment}: {text!r} is not of type {kind.__name__}.")
+    return value
+
+
+def to_dict(config: Any) -> Any:
+    """A config as JSON can hold it: dataclasses become dicts, tuples lists."""
+    if dataclasses.is_dataclass(config):
+        names = [field.name for field in dataclasses.fields(config)]
+        return {name: to_dict(getattr(config, name)) for name in names}
+    if isinstance(config, (tuple, list)):
+        return [to_dict(entry) for entry in config]
+    return config
+
+
+def from_dict(kind: Any, data: Any) -> Any:
+    """The config that `to_dict` took apart; `kind` is its type.
+
+    Raises ValueError for fields that the type does not have (a config of another version).
+    """
+    if dataclasses.is_dataclass(kind):
+        types = typing.get_type_hints(kind)
+        for name in data:
+            if name not in types:
+                raise ValueError(
+                    f"{kind.__name__} has no field {name!r}{_nearest(name, list(types))}."
+                )
+        return kind(**{name: from_dict(types[name], value) for name, value in data.items()})
+    arguments = typing.get_args(kind)
+    if type(None) in arguments:
+        if data is None:
+            return None
+        (kind,) = [a for a in arguments if a is not type(None)]
+        return from_dict(kind, data)
+    if typing.get_origin(kind) is tuple:
+        if arguments[-1] is Ellipsis:
+            return tuple(from_dict(arguments[0], entry) for entry in data)
+        return tuple(from_dict(a, entry) for a, entry in zip(arguments, data, strict=True))
+    return data

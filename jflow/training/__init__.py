@@ -1,0 +1,1 @@
+"""One optimizer step as pure functions: objective, optimizer, state, step."""

@@ -1,0 +1,111 @@
+"""Everything that one training step hands to the next."""
+
+from dataclasses import dataclass
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jflow.training.optimizer import merge, split
+
+
+@dataclass(frozen=True)
+class EMAConfig:
+    """Paper: ratio 0.99, no interval; SD3 has 0.99 every 100 steps, the likelier reading."""
+
+    decay: float = 0.99
+    every: int = 100
+
+
+@flax.struct.dataclass
+class Guard:
+    """Running level of loss and log gradient norm, each [2], over `count` finite steps."""
+
+    count: jax.Array
+    mean: jax.Array
+    variance: jax.Array
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: batches seen, int32. skipped: how many of them changed nothing, int32.
+
+    params: flat {path: float32}, the trainable ones; ema: their average, of the same paths.
+    frozen: flat {path: array}, all others, shared by both. opt_state: of `params`. guard: what
+    tells a normal step from one to skip.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: dict
+    frozen: dict
+    ema: dict
+    opt_state: optax.OptState
+    guard: Guard
+
+
+def init(
+    params: dict, trainable: tuple[str, ...], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state before the first step; run it under jit to have it sharded.
+
+    Args:
+      params: nested {"janusflow", "vae", "repa"}; those trained become float32, the others keep
+        their dtype.
+      trainable: see `optimizer.split`.
+    """
+    masters, frozen = split(params, trainable)
+    masters = {path: leaf.astype(jnp.float32) for path, leaf in masters.items()}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=masters,
+        frozen=frozen,
+        # A copy, because a step that gives its state away may not give the same buffer twice.
+        ema=jax.tree.map(jnp.copy, masters),
+        opt_state=optimizer.init(masters),
+        guard=Guard(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2)),
+    )
+
+
+def parameters(state: TrainState, ema: bool) -> dict:
+    """The whole nested tree, with the averaged or the raw trainable parameters."""
+    return merge(state.ema if ema else state.params, state.frozen)
+
+
+def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> dict:
+    """decay * ema + (1 - decay) * params, at each `every`-th step only.
+
+    Args:
+      step: how many batches the params have seen, this one included.
+    """
+
+    def average(old, new):
+        return jax.tree.map(lambda a, b: config.decay * a + (1 - config.decay) * b, old, new)
+
+    return jax.lax.cond(step % config.every == 0, average, lambda old, new: old, ema, params)
+
+
+def watch(guard: Guard, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, Guard]:
+    """Is this step fit to be taken? And the guard that has seen it.
+
+    Unfit is what is not finite or, once the guard knows 100 steps, lies 6 standard deviations
+    above the running mean of the last 100. A value beyond that counts as if it lay right there:
+    one burst does not blind the guard, but a lasting change of level (another mixture) widens it
+    and is accepted after some skipped steps.
+    """
+    known, sigmas = 100, 6.0
+    values = jnp.stack([loss, jnp.log(jnp.maximum(gradient_norm, 1e-30))])
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    reach = jnp.where(guard.count >= known, sigmas * jnp.sqrt(guard.variance), jnp.inf)
+    fit = finite & jnp.all(values <= guard.mean + reach)
+
+    rate = jnp.maximum(1 / (guard.count + 1), 1 / known)
+    change = jnp.clip(values - guard.mean, -reach, reach)
+    seen = Guard(
+        count=guard.count + 1,
+        mean=guard.mean + rate * change,
+        variance=(1 - rate) * (guard.variance + rate * jnp.square(change)),
+    )
+    return fit, jax.tree.map(lambda new, old: jnp.where(finite, new, old), seen, guard)

@@ -1,0 +1,103 @@
+"""Configs: files, overrides, JSON, and messages that help."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from jflow import config
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str = "one"
+    steps: int = 10
+    remat: bool = False
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(frozen=True)
+class Run:
+    stages: tuple[Stage, ...] = (Stage(), Stage("two"))
+    folder: str | None = None
+
+
+@pytest.mark.parametrize(
+    "assignment, read",
+    [
+        ("stages.1.optimizer.learning_rate=2e-5", lambda c: c.stages[1].optimizer.learning_rate),
+        ("stages.0.optimizer.learning_rate=1", lambda c: c.stages[0].optimizer.learning_rate),
+        ("stages.0.optimizer.betas=(0.8,0.9)", lambda c: c.stages[0].optimizer.betas),
+        ("stages.0.optimizer.betas.1=0.99", lambda c: c.stages[0].optimizer.betas[1]),
+        ("stages.0.optimizer.clip=None", lambda c: c.stages[0].optimizer.clip),
+        ("stages.0.steps=7", lambda c: c.stages[0].steps),
+        ("stages.0.remat=true", lambda c: c.stages[0].remat),
+        ("stages.0.name=12", lambda c: c.stages[0].name),
+        ("folder=runs/a=b", lambda c: c.folder),
+    ],
+)
+def test_overrides(assignment, read):
+    want = {
+        "stages.1.optimizer.learning_rate": 2e-5,
+        "stages.0.optimizer.learning_rate": 1.0,
+        "stages.0.optimizer.betas": (0.8, 0.9),
+        "stages.0.optimizer.betas.1": 0.99,
+        "stages.0.optimizer.clip": None,
+        "stages.0.steps": 7,
+        "stages.0.remat": True,
+        "stages.0.name": "12",
+        "folder": "runs/a=b",
+    }[assignment.split("=")[0]]
+    got = read(config.override(Run(), assignment))
+    assert got == want and type(got) is type(want)
+    assert Run() == Run()  # the original is untouched
+
+
+@pytest.mark.parametrize(
+    "assignment, message",
+    [
+        ("stages.0.stepz=3", "no field 'stepz'; did you mean 'steps'?"),
+        ("stages.0.optimizer.learning_rat=3", "did you mean 'learning_rate'?"),
+        ("qqq=3", "no field 'qqq' among stages, folder"),
+        ("stages.2.steps=3", "none of the entries 0..1"),
+        ("stages.0.steps=many", "cannot be read as int"),
+        ("stages.0.steps=1.5", "not of type int"),
+        ("stages.0.steps.x=1", "has no fields"),
+        ("stages.0.steps", "write field=value"),
+    ],
+)
+def test_bad_overrides_are_one_sentence(assignment, message):
+    with pytest.raises(ValueError) as error:
+        config.override(Run(), assignment)
+    assert message in str(error.value)
+
+
+def test_json_round_trip():
+    run = config.override(Run(), "stages.1.optimizer.clip=None")
+    text = json.dumps(config.to_dict(run))
+    assert config.from_dict(Run, json.loads(text)) == run
+
+
+def test_json_of_another_version_is_refused():
+    data = config.to_dict(Run())
+    data["stages"][0]["step"] = data["stages"][0].pop("steps")
+    with pytest.raises(ValueError, match="Stage has no field 'step'; did you mean 'steps'"):
+        config.from_dict(Run, data)
+
+
+def test_files(tmp_path):
+    file = tmp_path / "run.py"
+    file.write_text("def get_config():\n    return 3\n")
+    assert config.load(file) == 3
+    file.write_text("x = 3\n")
+    with pytest.raises(ValueError, match="must define get_config"):
+        config.load(file)
+    with pytest.raises(FileNotFoundError, match="no config file"):
+        config.load(tmp_path / "other.py")
