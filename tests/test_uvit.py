@@ -16,6 +16,7 @@ from jflow.models.uvit import (
     GenDecoderConfig,
     GenEncoder,
     GenEncoderConfig,
+    GlobalResponseNorm,
 )
 
 
@@ -161,6 +162,21 @@ def test_decoder_doubles_as_often_as_it_is_told(upsamples):
     got = GenDecoder(config).apply({"params": params}, x, skip, t_emb)
     assert got.shape == (2, 2 * 2**upsamples, 3 * 2**upsamples, 4)
     np.testing.assert_allclose(got, y, rtol=2e-5, atol=2e-5)
+
+
+def test_a_channel_of_zeros_has_a_finite_gradient():
+    """GELU underflows to 0; torch's gradient there is 0, not NaN."""
+    x = np.random.default_rng(0).standard_normal((1, 3, 3, 4), np.float32)
+    x[..., 1] = 0
+    params = {"weight": np.full(4, 0.7, np.float32), "bias": np.full(4, 0.1, np.float32)}
+    norm = GlobalResponseNorm(Precision())
+    got = jax.grad(lambda x: jnp.sum(norm.apply({"params": params}, x) ** 2))(x)
+
+    image = torch.tensor(x, requires_grad=True)
+    gx = torch.norm(image, p=2, dim=(1, 2), keepdim=True)
+    nx = gx / (gx.mean(dim=-1, keepdim=True) + 1e-6)
+    torch.sum((0.1 + (0.7 * nx + 1) * image) ** 2).backward()
+    np.testing.assert_allclose(got, image.grad.numpy(), rtol=1e-5, atol=2e-5)
 
 
 def test_bfloat16_norms_stay_in_float32():

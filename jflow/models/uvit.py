@@ -94,7 +94,9 @@ class GlobalResponseNorm(nn.Module):
         weight = self.param("weight", nn.initializers.zeros, shape, self.precision.param)
         bias = self.param("bias", nn.initializers.zeros, shape, self.precision.param)
         y = x.astype(self.precision.norm)
-        gx = jnp.sqrt(jnp.sum(jnp.square(y), axis=(1, 2), keepdims=True))
+        square = jnp.sum(jnp.square(y), axis=(1, 2), keepdims=True)
+        # The slope of a root at 0 is infinite; like torch's norm, ours is flat there.
+        gx = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         nx = gx / (jnp.mean(gx, axis=-1, keepdims=True) + 1e-6)
         return (bias + (weight * nx + 1) * y).astype(x.dtype)
 
