@@ -36,14 +36,20 @@ class ImageRows:
     [-1, 1], the clean square crops, for the VAE and for REPA's SigLIP. slots: [B, G, 1 + N] int32
     where the time token and the latent tokens go; L drops them. sample_ids: [B, G] int32, what
     noise and time are drawn from; -1 where a row has fewer than G images.
+
+    With a cache (`data.cache`) moments are [B, G, 2, h, w, c] float32, mean and log variance of the
+    VAE's posterior, and features, where cached, [B, G, N, D] float32 of SigLIP; pixels are None
+    with both.
     """
 
     tokens: jax.Array
     positions: jax.Array
     segment_ids: jax.Array
-    pixels: jax.Array
+    pixels: jax.Array | None
     slots: jax.Array
     sample_ids: jax.Array
+    moments: jax.Array | None = None
+    features: jax.Array | None = None
 
 
 @flax.struct.dataclass

@@ -125,6 +125,51 @@ def test_jsonl_with_its_images(tmp_path):
     assert pickle.loads(pickle.dumps(source))[2] == source[2]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_json_file_is_one_array(tmp_path, indent):
+    """As LLaVA's own files are; entries of any spelling are found by their bytes."""
+    (tmp_path / "a.png").write_bytes(png((1, 1, 1)))
+    records = [
+        {"image": "a.png", "caption": 'é 中 "[{,]}" \\'},
+        ["no object"],
+        {"text": "last", "nested": [[], {"a": [1, 2]}]},
+    ]
+    path = tmp_path / "data.json"
+    text = json.dumps(records, indent=indent, ensure_ascii=indent is None)
+    path.write_bytes(b"\n " + text.encode() + b"\r\n")
+    source = open_source("jsonl", str(path))
+    assert len(source) == 3
+    assert source[0] == {"caption": records[0]["caption"], "images": [png((1, 1, 1))]}
+    assert source[2] == {"text": "last"} and source.name(2) == f"{path} entry 3"
+    with pytest.raises(ValueError, match="the entry is valid JSON but not an object"):
+        source[1]
+    assert pickle.loads(pickle.dumps(source))[2] == source[2]
+    write_lines(tmp_path / "data.jsonl", [{"text": "a line"}])
+    both = open_source("jsonl", str(tmp_path / "data.json*"))
+    assert [both.name(i)[len(str(path)) :] for i in (0, 2, 3)] == [
+        " entry 1",
+        " entry 3",
+        "l line 1",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ('{"text": "a line"}', "something else stands at byte 0"),
+        ('[{"text": "a"} {"text": "b"}]', "something else stands at byte 15"),
+        ('[{"text": "a"}', "something else stands at byte 14"),
+        ('[{"text": "a"},]', "Expecting value"),
+        ('[{"text": "cut', "Unterminated string"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', "something else stands at byte 14"),
+    ],
+)
+def test_a_json_file_that_is_no_array(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=f"a.json is not one JSON array .{reason}.*name it .jsonl"):
+        open_source("jsonl", str(tmp_path / "a.json"))
+
+
 def test_jsonl_folder_with_images_elsewhere(tmp_path):
     images, lines = tmp_path / "images", tmp_path / "lines"
     images.mkdir()
@@ -222,6 +267,10 @@ def test_empty_files(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match="is empty: write one JSON object a line"):
         open_source("jsonl", str(tmp_path / "blank.jsonl"))
+    for text in ("[]", " [ \n] "):
+        (tmp_path / "none.json").write_text(text)
+        with pytest.raises(ValueError, match="is empty: write one JSON object a line"):
+            open_source("jsonl", str(tmp_path / "none.json"))
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
     with pytest.raises(ValueError, match="holds no row"):
         open_source("parquet", str(tmp_path / "none.parquet"))

@@ -43,12 +43,26 @@ class Format:
 
 
 @dataclass(frozen=True)
+class CachedImage:
+    """What a network made of the crop of record `index` before training, see `cache`.
+
+    moments: [2, h, w, c] float32, mean and log variance of the VAE's posterior. features: [N, D]
+    float32 of SigLIP, or None.
+    """
+
+    index: int
+    moments: np.ndarray
+    features: np.ndarray | None
+
+
+@dataclass(frozen=True)
 class Example:
     """One sample. n tokens, k images.
 
     tokens: [n] int32. targets: [n] int32, the token that position i must predict, -1 for none.
     visible: [n] bool, False for a dropped prompt. pixels: [k, S, S, 3] float32 in [-1, 1], for
-    SigLIP, or the one crop to generate. slots: [k, 1 + N] int32, where their vectors go.
+    SigLIP, or the one crop to generate (none where the cache holds all that is made of it).
+    slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
     """
 
     tokens: np.ndarray
@@ -56,6 +70,7 @@ class Example:
     visible: np.ndarray
     pixels: np.ndarray
     slots: np.ndarray
+    cached: CachedImage | None = None
 
 
 def generator(seed: int, purpose: str, sample_id: int) -> np.random.Generator:
@@ -110,16 +125,15 @@ def text_example(record: dict[str, Any], fmt: Format, sample_id: int) -> Example
     )
 
 
-def generation_example(record: dict[str, Any], fmt: Format, sample_id: int) -> Example:
+def generation_example(
+    record: dict[str, Any], fmt: Format, sample_id: int, cached: CachedImage | None = None
+) -> Example:
     """A prompt, then one time token and the latents of the image: no token is a target.
 
     A dropped prompt keeps BOS, its length and its positions, and is hidden, as in the sampler's
-    unconditional half.
+    unconditional half. With `cached`, the crop is the one that was cached, in every epoch.
     """
     caption = _choose(record, generator(fmt.seed, "caption", sample_id))
-    images = record.get("images", [])
-    if len(images) != 1:
-        raise ValueError(f"it has {len(images)} images where one is to be generated")
     if fmt.template == "chat":
         prompt = prompts.generation_tokens(fmt.tokenizer, caption)
     else:
@@ -131,16 +145,32 @@ def generation_example(record: dict[str, Any], fmt: Format, sample_id: int) -> E
     visible = np.ones(len(tokens), bool)
     if generator(fmt.seed, "drop", sample_id).random() < fmt.drop_prompt:
         visible[1 : len(prompt)] = False
-    crop = random_crop_square(
-        open_image(images[0]), fmt.image_size, generator(fmt.seed, "crop", sample_id)
-    )
+    if cached is None:
+        pixels = _crop(record, fmt.image_size, generator(fmt.seed, "crop", sample_id))
+    elif cached.features is None:
+        pixels = cached_crop(record, fmt.image_size, fmt.seed, cached.index)
+    else:
+        pixels = np.zeros((0, fmt.image_size, fmt.image_size, 3), np.float32)
     return Example(
         tokens=tokens,
         targets=np.full(len(tokens), -1, np.int32),
         visible=visible,
-        pixels=from_uint8(crop)[None],
+        pixels=pixels,
         slots=np.arange(len(prompt), len(tokens), dtype=np.int32)[None],
+        cached=cached,
     )
+
+
+def cached_crop(record: dict[str, Any], size: int, seed: int, index: int) -> np.ndarray:
+    """The one crop of record `index` that a cache holds, [1, S, S, 3] as in `Example.pixels`."""
+    return _crop(record, size, generator(seed, "cached crop", index))
+
+
+def _crop(record: dict[str, Any], size: int, rng: np.random.Generator) -> np.ndarray:
+    images = record.get("images", [])
+    if len(images) != 1:
+        raise ValueError(f"it has {len(images)} images where one is to be generated")
+    return from_uint8(random_crop_square(open_image(images[0]), size, rng))[None]
 
 
 def random_crop_square(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jflow.batch import ImageRows, TextRows
-from jflow.data.examples import Example
+from jflow.data.examples import CachedImage, Example
 
 
 def assign(
@@ -83,21 +83,31 @@ def image_row(
     row_images: int,
     image_size: int,
     image_tokens: int,
+    blank: CachedImage | None = None,
 ) -> ImageRows:
     """One row of `ImageRows`, without its first axis; empty where there are no examples.
 
-    Args: sample_ids, one for each example; the rest as for `text_row`, with G for I.
+    Args: sample_ids, one for each example; blank, with a cache, what stands where no image is; the
+    rest as for `text_row`, with G for I.
     """
     tokens, positions, segments = _tokens(examples, row_len)
     ids = np.full(row_images, -1, np.int32)
     ids[: len(examples)] = sample_ids
+    moments = features = None
+    if blank is not None:
+        cached = [e.cached for e in examples] + [blank] * (row_images - len(examples))
+        moments = np.stack([image.moments for image in cached])
+        if blank.features is not None:
+            features = np.stack([image.features for image in cached])
     return ImageRows(
         tokens=tokens,
         positions=positions,
         segment_ids=segments,
-        pixels=_pixels(examples, row_images, image_size),
+        pixels=_pixels(examples, row_images, image_size) if features is None else None,
         slots=_slots(examples, row_len, row_images, 1 + image_tokens),
         sample_ids=ids,
+        moments=moments,
+        features=features,
     )
 
 

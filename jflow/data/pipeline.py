@@ -8,13 +8,11 @@ processes changes what is trained on. Each process makes only its own rows.
 Grain shuffles each source anew every epoch and makes the windows ahead of time in threads.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
 import sys
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import grain
@@ -24,32 +22,15 @@ from jax.experimental import multihost_utils
 
 from jflow.batch import Batch, ImageRows, TextRows
 from jflow.data import packing
-from jflow.data.examples import (
-    Example,
-    Format,
-    generation_example,
-    text_example,
-    understanding_example,
-)
-from jflow.data.mixture import (
-    TASKS,
-    DataConfig,
-    Row,
-    Task,
-    WindowConfig,
-    batch_rows,
-    interleave,
-    part_sizes,
-)
-from jflow.data.sources import Source, open_source
+from jflow.data.cache import ImageCache
+from jflow.data.examples import Example, Format
+from jflow.data.mixture import TASKS, DataConfig, Row, Task, batch_rows, part_sizes
+from jflow.data.streams import TaskStream
 from jflow.images import ImageProcessor
+from jflow.models.janusflow import JanusFlowConfig
+from jflow.models.vae import VAEConfig
 from jflow.prompts import Tokenizer
 
-_MAKE_EXAMPLE = {
-    "generation": generation_example,
-    "understanding": understanding_example,
-    "text": text_example,
-}
 _BROKEN_FLOOR = 1_000  # records that the share of broken ones is taken of, at least
 _BROKEN_LISTED = 20
 
@@ -82,53 +63,6 @@ class _Piece:
     broken: tuple[str, ...] = ()
 
 
-class TaskStream:
-    """The endless stream of samples of one task; sample `position` is a record of some source."""
-
-    def __init__(self, config: DataConfig, task: Task, fmt: Format):
-        self.task: Task = task
-        self.window: WindowConfig = getattr(config, task)
-        self._config = config
-        chosen = [source for source in config.sources if source.task == task]
-        self._weights = [source.weight for source in chosen]
-        self._formats = [dataclasses.replace(fmt, template=s.template) for s in chosen]
-        self._sources: list[Source] = [
-            open_source(s.kind, s.path, s.split, dict(s.fields), s.image_folder) for s in chosen
-        ]
-        self._orders = [
-            grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-            for source, seed in zip(
-                self._sources, _seeds(config.seed, task, len(chosen)), strict=True
-            )
-        ]
-
-    def record(self, position: int) -> tuple[int, int]:
-        """(source, index in it) of a sample; every source is shuffled anew in each epoch."""
-        which, number = interleave(position, self._weights)
-        return which, int(self._orders[which][number])
-
-    def example(self, position: int) -> Example | str:
-        """A sample, or "where: why" if its record is broken."""
-        which, index = self.record(position)
-        try:
-            record = self._sources[which][index]
-            example = _MAKE_EXAMPLE[self.task](record, self._formats[which], position)
-            limit = self._config.images_per_row
-            if self.task != "generation" and len(example.slots) > limit:
-                raise ValueError(f"it has {len(example.slots)} images, images_per_row is {limit}")
-            return example
-        except (ValueError, FileNotFoundError) as error:
-            return f"{self._sources[which].name(index)}: {error}"
-
-    def window_examples(self, number: int) -> tuple[list[int], list[Example], list[str]]:
-        """A window's usable samples, with their positions, and what is broken in it."""
-        first = number * self.window.samples
-        made = [(p, self.example(p)) for p in range(first, first + self.window.samples)]
-        good = [(p, example) for p, example in made if isinstance(example, Example)]
-        broken = [reason for _, reason in made if isinstance(reason, str)]
-        return [p for p, _ in good], [example for _, example in good], broken
-
-
 class Loader:
     """Batches of this process, from any step on.
 
@@ -139,6 +73,9 @@ class Loader:
       process_index, process_count: which rows are this process's: the n-th equal part.
       row_multiple: each part of a global batch is filled up with empty rows to a multiple of
         this, for a mesh to divide; process_count must divide it.
+      cache: that of config.cache, opened; None without one.
+
+    streams: by task. format: what turns their records into examples.
 
     Raises FileNotFoundError or ValueError in one sentence for sources that cannot be opened.
     """
@@ -153,13 +90,16 @@ class Loader:
         process_index: int = 0,
         process_count: int = 1,
         row_multiple: int = 1,
+        cache: ImageCache | None = None,
     ):
         if row_multiple % process_count:
             raise ValueError(
                 f"Rows in multiples of {row_multiple} do not divide by {process_count} processes."
             )
-        self._config = config
-        self._format = Format(
+        if bool(config.cache) != (cache is not None):
+            raise ValueError(f"The cache {config.cache!r} must be opened for the loader.")
+        self._config, self._cache = config, cache
+        self.format = Format(
             tokenizer=tokenizer,
             processor=processor,
             image_size=image_size,
@@ -172,7 +112,9 @@ class Loader:
         self._row_multiple = row_multiple
         served = {source.task for source in config.sources}
         self.streams = {
-            task: TaskStream(config, task, self._format) for task in TASKS if task in served
+            task: TaskStream(config, task, self.format, cache if task == "generation" else None)
+            for task in TASKS
+            if task in served
         }
         self._jobs = functools.lru_cache(maxsize=16)(self._list_jobs)
         starts = [phase.from_step for phase in config.mixture]
@@ -271,7 +213,7 @@ class Loader:
     def _row(
         self, task: Task, examples: list[Example], positions: list[int]
     ) -> TextRows | ImageRows:
-        config, fmt = self._config, self._format
+        config, fmt = self._config, self.format
         if task == "generation":
             return packing.image_row(
                 examples,
@@ -280,6 +222,7 @@ class Loader:
                 config.crops_per_row,
                 fmt.image_size,
                 fmt.latent_tokens,
+                self._cache.blank if self._cache else None,
             )
         return packing.text_row(
             examples,
@@ -312,6 +255,32 @@ class Loader:
         return Batch(text=parts[0], images=parts[1]), stats
 
 
+def checkpoint_loader(
+    config: DataConfig,
+    models: Mapping[str, dict | None],
+    files: Mapping[str, str],
+    cache: ImageCache | None = None,
+    **share: int,
+) -> Loader:
+    """The loader for the model of a checkpoint: config and files as `read_metadata` gives them.
+
+    share: process_index, process_count and row_multiple of `Loader`.
+    """
+    model = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip"))
+    vae = models.get("vae")
+    size = model.siglip.image_size
+    latent_size = size // (VAEConfig.from_hf(vae).downscale if vae else 1)
+    return Loader(
+        config,
+        Tokenizer.from_files(files),
+        ImageProcessor.from_files(files),
+        image_size=size,
+        latent_tokens=model.gen_encoder.tokens_along(latent_size) ** 2,
+        cache=cache,
+        **share,
+    )
+
+
 def gather_texts(text: str) -> list[str]:
     """Every process's text, on every process; all of them must call it."""
     if jax.process_count() == 1:
@@ -322,12 +291,6 @@ def gather_texts(text: str) -> list[str]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
-
-
-def _seeds(seed: int, task: Task, count: int) -> list[int]:
-    """A seed for the shuffle of each source of a task."""
-    sequence = np.random.SeedSequence((seed, zlib.crc32(task.encode())))
-    return [int(n) for n in sequence.generate_state(count)]
 
 
 def _check_broken(broken: list[str], samples: int, limit: float) -> None:

@@ -55,6 +55,17 @@ POLYGONS = {
     ),
 }
 
+_EDGES = {shape: np.roll(corners, -1, axis=0) - corners for shape, corners in POLYGONS.items()}
+# Four points of every edge, from its corner on.
+_OUTLINES = {
+    shape: (corners + np.arange(4)[:, None, None] / 4 * _EDGES[shape]).reshape(-1, 2)
+    for shape, corners in POLYGONS.items()
+}
+_BOXES = {"circle": (-1.0, -1.0, 1.0, 1.0)} | {
+    s: (*c.min(0).tolist(), *c.max(0).tolist()) for s, c in POLYGONS.items()
+}
+_REACH = {"circle": 1.0} | {s: float(np.hypot(*c.T).max()) for s, c in POLYGONS.items()}
+
 Pair = tuple[str, str]  # (shape, color)
 
 
@@ -71,8 +82,7 @@ class Object:
     @property
     def box(self) -> tuple[float, float, float, float]:
         """(x0, y0, x1, y1)."""
-        corners = POLYGONS.get(self.shape, np.array([(-1, -1), (1, 1)])) * self.radius
-        (x0, y0), (x1, y1) = corners.min(0), corners.max(0)
+        x0, y0, x1, y1 = (side * self.radius for side in _BOXES[self.shape])
         return self.x + x0, self.y + y0, self.x + x1, self.y + y1
 
 
@@ -94,14 +104,14 @@ def signed_distance(shape: str, radius: float, points: np.ndarray) -> np.ndarray
     """Distance to the outline of a shape centred at 0, negative inside.  [..., 2] -> [...]."""
     if shape == "circle":
         return np.hypot(points[..., 0], points[..., 1]) - radius
-    a = POLYGONS[shape] * radius
-    edge = np.roll(a, -1, axis=0) - a
+    a, edge = POLYGONS[shape] * radius, _EDGES[shape] * radius
     d = points[..., None, :] - a
     along = np.clip((d * edge).sum(-1) / (edge * edge).sum(-1), 0, 1)
     distance = np.sqrt(((d - along[..., None] * edge) ** 2).sum(-1).min(-1))
     # A point is inside when a ray from it to the right crosses an odd number of edges.
     down = d[..., 1] >= 0
-    crosses = (down != np.roll(down, -1, axis=-1)) & (
+    following = np.concatenate([down[..., 1:], down[..., :1]], axis=-1)
+    crosses = (down != following) & (
         (d[..., 0] * edge[:, 1] < d[..., 1] * edge[:, 0]) == (edge[:, 1] > 0)
     )
     return np.where(crosses.sum(-1) % 2 == 1, -distance, distance)
@@ -122,8 +132,11 @@ def render(scene: Scene, size: int = SIDE) -> np.ndarray:
     """The anti-aliased picture.  [size, size, 3] float32 in [-1, 1]."""
     image, grid, scale = np.full((size, size, 3), BACKGROUND), pixel_grid(size), size / SIDE
     for o in scene.objects:
-        alpha = coverage(o.shape, o.x * scale, o.y * scale, o.radius * scale, grid)[..., None]
-        image += alpha * (np.array(COLORS[o.color]) - image)
+        # A pixel whose centre is further than half a pixel from the object stays as it is.
+        left, top, right, bottom = (int(v * scale) for v in o.box)
+        part = np.s_[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2]
+        alpha = coverage(o.shape, o.x * scale, o.y * scale, o.radius * scale, grid[part])
+        image[part] += alpha[..., None] * (np.array(COLORS[o.color]) - image[part])
     return (2 * image - 1).astype(np.float32)
 
 
@@ -135,15 +148,19 @@ def gap(a: Object, b: Object) -> float:
         )
     if b.shape == "circle":
         return gap(b, a)
-    # Disjoint polygons are nearest at a corner of one; points between corners betray an overlap.
-    steps = np.linspace(0, 1, 4, endpoint=False)[:, None, None]
 
+    # Disjoint polygons are nearest at a corner of one; points between corners betray an overlap.
     def from_outline(a: Object, b: Object) -> float:
-        corners = POLYGONS[a.shape] * a.radius + (a.x - b.x, a.y - b.y)
-        outline = corners + steps * (np.roll(corners, -1, axis=0) - corners)
+        outline = _OUTLINES[a.shape] * a.radius + (a.x - b.x, a.y - b.y)
         return float(signed_distance(b.shape, b.radius, outline).min())
 
     return min(from_outline(a, b), from_outline(b, a))
+
+
+def _apart(a: Object, b: Object) -> bool:
+    """Whether two objects keep GAP; far ones are told by the circles around them, in no time."""
+    reach = _REACH[a.shape] * a.radius + _REACH[b.shape] * b.radius
+    return math.hypot(a.x - b.x, a.y - b.y) >= reach + GAP or gap(a, b) >= GAP
 
 
 def relative_position(a: Sequence[float], b: Sequence[float]) -> set[str]:
@@ -152,13 +169,18 @@ def relative_position(a: Sequence[float], b: Sequence[float]) -> set[str]:
     The rule of GenEval's evaluate_images.py: the offset of the centres, shortened by a tenth of the
     sizes, has to be more than half of its former length along the axis.
     """
-    boxes = np.array([a, b], dtype=float).reshape(2, 2, 2)
-    (center_a, center_b), size = boxes.mean(1), np.abs(np.diff(boxes, axis=1)).sum((0, 1))
-    offset = center_a - center_b
-    reduced = np.maximum(np.abs(offset) - POSITION_THRESHOLD * size, 0) * np.sign(offset)
-    if np.all(np.abs(reduced) < 1e-3):
+
+    def reduced(low_a: float, high_a: float, low_b: float, high_b: float) -> tuple[float, float]:
+        offset = (low_a + high_a) / 2 - (low_b + high_b) / 2
+        size = abs(high_a - low_a) + abs(high_b - low_b)
+        return offset, math.copysign(max(abs(offset) - POSITION_THRESHOLD * size, 0), offset)
+
+    offset_x, dx = reduced(a[0], a[2], b[0], b[2])
+    offset_y, dy = reduced(a[1], a[3], b[1], b[3])
+    if max(abs(dx), abs(dy)) < 1e-3:
         return set()
-    dx, dy = reduced / np.linalg.norm(offset)
+    distance = math.hypot(offset_x, offset_y)
+    dx, dy = dx / distance, dy / distance
     holds = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
     return {r for r, is_so in zip(RELATIONS, holds, strict=True) if is_so}
 
@@ -177,7 +199,7 @@ def place(
                 x = float(rng.uniform(MARGIN - x0, SIDE - MARGIN - x1))
                 y = float(rng.uniform(MARGIN - y0, SIDE - MARGIN - y1))
                 o = Object(shape, color, x, y, o.radius)
-                if all(gap(o, other) >= GAP for other in objects):
+                if all(_apart(o, other) for other in objects):
                     objects.append(o)
                     break
         if len(objects) == len(wanted) and accept(objects):

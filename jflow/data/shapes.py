@@ -134,9 +134,29 @@ def example(seed: int, split: str, index: int) -> Example:
     else:
         record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], split, rng)
         scene = scene_for(record, split, rng)
+    return Example(scene, record, caption_of(scene, record, rng), ask(scene, split, rng))
+
+
+def caption_of(scene: Scene, record: dict | None, rng: np.random.Generator) -> str:
+    """A caption: the record's prompt so often that over all scenes SHORT_SHARE of them are."""
     short = record is not None and rng.random() < SHORT_SHARE / (1 - FREE_SHARE)
-    caption = record["prompt"] if short else describe(scene, rng)
-    return Example(scene, record, caption, ask(scene, split, rng))
+    return record["prompt"] if short else describe(scene, rng)
+
+
+def conversation(
+    scene: Scene, split: str, rounds: int, rng: np.random.Generator
+) -> tuple[Question, ...]:
+    """Different questions of `rounds` times `ask`, in random order, to be put one after another.
+
+    Of the two existence questions of a round a random one is left out: known that one is answered
+    with yes and one with no, the first answer would tell the second.
+    """
+    found = []
+    for _ in range(rounds):
+        positive, negative, *others = ask(scene, split, rng)
+        found += [negative if rng.random() < 0.5 else positive, *others]
+    different = list({q.question: q for q in found}.values())
+    return tuple(different[i] for i in rng.permutation(len(different)))
 
 
 def _phrase(pair: Pair, count: int = 1) -> str:
@@ -211,9 +231,8 @@ def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, .
 
     kind = pick(("random", "adversarial"))
     absent = [p for p in pairs(split) if p not in by_pair]
-    near = [p for p in absent if p[0] in by_shape and p[1] in by_color] or [
-        p for p in absent if p[0] in by_shape or p[1] in by_color
-    ]
+    near = [p for p in absent if p[0] in by_shape and p[1] in by_color]
+    near = near or [p for p in absent if p[0] in by_shape or p[1] in by_color] or absent
     yes, no = pick(list(by_pair)), pick(near if kind == "adversarial" else absent)
     no_shape = [s for s in SHAPES if s not in by_shape]
     if kind == "random" and no_shape and rng.random() < 0.5:

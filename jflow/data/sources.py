@@ -1,4 +1,4 @@
-"""Where records come from: TFDS, JSONL, parquet and webdataset files behind one small interface.
+"""Where records come from: TFDS, JSON, parquet and webdataset files behind one small interface.
 
 Every source gives random access to records of the same few fields:
 
@@ -17,6 +17,8 @@ the same on every machine; failing storage raises OSError, which is nobody's bro
 
 import difflib
 import functools
+import json
+import re
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -27,6 +29,7 @@ from etils import epath
 
 from jflow.data.records import FIELDS, decode, json_object, to_record
 
+_BLANK = re.compile(r"[ \t\r\n]*")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -127,7 +130,7 @@ class TfdsSource:
 
 
 class JsonlSource:
-    """One JSON object a line; LLaVA's own files as well, once their list is written as lines.
+    """One JSON object a line; a file *.json is one array of them, as LLaVA's own files are.
 
     {"image": "a.jpg", "caption": "..."}, {"text": "..."}, or {"image": ["a.jpg", "b.jpg"],
     "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", ...}]}.
@@ -138,10 +141,11 @@ class JsonlSource:
         self._files = _find_files(path, ".jsonl")
         parts = []
         for number, file in enumerate(self._files):
-            with file.open("rb") as lines:
-                starts = np.array(list(_line_starts(lines)), np.int64).reshape(-1, 2)
-            parts.append(np.insert(starts, 0, number, axis=1))
-        # [records, 3]: file, line, and byte in it.
+            with file.open("rb") as opened:
+                found = _array_entries(opened, file) if _is_array(file) else _lines(opened)
+                places = np.array(list(found), np.int64).reshape(-1, 3)
+            parts.append(np.insert(places, 0, number, axis=1))
+        # [records, 4]: file, line or entry, and its first byte and the one behind it.
         self._places = np.concatenate(parts)
         if not len(self._places):
             raise ValueError(f"{path} is empty: write one JSON object a line.")
@@ -150,17 +154,18 @@ class JsonlSource:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        file, _, start = self._places[index]
-        with self._files[file].open("rb") as lines:
-            lines.seek(int(start))
-            line = lines.readline()
-        raw = json_object(line, "the line")
+        file, _, start, stop = self._places[index]
+        with self._files[file].open("rb") as opened:
+            opened.seek(int(start))
+            data = opened.read(int(stop - start))
+        raw = json_object(data, "the entry" if _is_array(self._files[file]) else "the line")
         folder = self._image_folder or self._files[file].parent
         return to_record(raw, self._fields, epath.Path(folder))
 
     def name(self, index: int) -> str:
-        file, line, _ = self._places[index]
-        return f"{self._files[file]} line {line}"
+        file, number, _, _ = self._places[index]
+        what = "entry" if _is_array(self._files[file]) else "line"
+        return f"{self._files[file]} {what} {number}"
 
 
 class ParquetSource:
@@ -290,13 +295,39 @@ def _find_files(path: str, suffix: str) -> list[epath.Path]:
     return files
 
 
-def _line_starts(lines: Any) -> Iterator[tuple[int, int]]:
-    """Number from 1 and first byte of every line that is not blank."""
+def _is_array(file: epath.Path) -> bool:
+    return file.suffix == ".json"
+
+
+def _lines(opened: Any) -> Iterator[tuple[int, int, int]]:
+    """Number from 1, first byte and the one behind it, of every line that is not blank."""
     start = 0
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(opened, 1):
         if line.strip():
-            yield number, start
+            yield number, start, start + len(line)
         start += len(line)
+
+
+def _array_entries(opened: Any, file: epath.Path) -> Iterator[tuple[int, int, int]]:
+    """The same of the entries of one JSON array; the file is read whole, this once."""
+    # As Latin-1 a character is a byte, and JSON's own signs are what they are in UTF-8.
+    text, decode = opened.read().decode("latin-1"), json.JSONDecoder().raw_decode
+    number, place = 0, _BLANK.match(text).end()
+    try:
+        while text[place : place + 1] == ("," if number else "["):
+            start = _BLANK.match(text, place + 1).end()
+            if text[start : start + 1] == "]" and not number:
+                place = start
+                break
+            number, (_, stop) = number + 1, decode(text, start)
+            yield number, start, stop
+            place = _BLANK.match(text, stop).end()
+        if text[place:].rstrip(" \t\r\n") != "]":
+            raise ValueError(f"something else stands at byte {place}")
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not one JSON array ({error}): name it .jsonl if it holds lines."
+        ) from error
 
 
 def _parquet_file(opened: Any, file: epath.Path) -> Any:

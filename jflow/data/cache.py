@@ -1,0 +1,121 @@
+"""A cache on disk of what frozen networks make of the images to generate, read while training.
+
+One crop of every record is encoded once, so the crop depends on the record alone and is the same in
+every epoch; without a cache every epoch crops anew. The VAE's noise is still drawn anew each time.
+`encode` writes it:
+
+  cache.json: what it was made with, see `Fingerprint`, and the broken records with their reasons.
+  moments-N.npy: [records, 2, h, w, c] float32 of the N-th source of generation samples.
+  features-N.npy: [records, tokens, D] float32 of SigLIP, where they are cached.
+"""
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jflow.data.examples import CachedImage
+from jflow.data.sources import Source
+
+INFO = "cache.json"
+_PROBES = 16  # records of a source whose images tell it from others
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """Checksums of the parameters of the networks, and the dtype they compute in.
+
+    siglip: None where its features are not to be cached: it is trained, or REPA is off.
+    """
+
+    vae: int
+    siglip: int | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a cache depends on. image_size: of the crops in pixels; seed: what they are drawn from;
+    sources: `source_checksum` of each."""
+
+    encoders: Encoders
+    image_size: int
+    seed: int
+    sources: tuple[int, ...]
+
+
+def source_checksum(source: Source) -> int:
+    """A number for a source's records: how many there are, and the images of some of them."""
+    checksum = len(source)
+    for index in np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(int):
+        try:
+            images = source[int(index)].get("images", [])
+        except (ValueError, FileNotFoundError):
+            images = []  # Broken; its name and number count.
+        for image in [b"%d" % index, *images]:
+            checksum = zlib.crc32(image, checksum)
+    return checksum
+
+
+class ImageCache:
+    """Opened for a run; raises ValueError in one sentence where it was made for another.
+
+    Args:
+      folder: where `encode` wrote it.
+      fingerprint: the run's own; its sources are compared by `check_sources`, before which they
+        may be empty. Without encoders.siglip, cached features are left unread.
+    """
+
+    def __init__(self, folder: str, fingerprint: Fingerprint):
+        self._folder = Path(folder)
+        if not (self._folder / INFO).is_file():
+            raise FileNotFoundError(
+                f"There is no cache in {folder}: write one with python -m jflow.data cache."
+            )
+        info = json.loads((self._folder / INFO).read_text(encoding="utf-8"))
+        made, wanted = info["fingerprint"], dataclasses.asdict(fingerprint)
+        made, wanted = made | made.pop("encoders"), wanted | wanted.pop("encoders")
+        with_features = made["siglip"] is not None and wanted["siglip"] is not None
+        for name in ("vae", "dtype", "image_size", "seed", *(["siglip"] * with_features)):
+            self._compare(name, made[name], wanted[name])
+        self._checksums = made["sources"]
+        self._broken = [{int(i): why for i, why in one.items()} for one in info["broken"]]
+        count = len(self._checksums)
+        self._moments = [self._open(f"moments-{n}.npy") for n in range(count)]
+        self._features = [self._open(f"features-{n}.npy") for n in range(count) if with_features]
+        self.blank = CachedImage(
+            index=-1,
+            moments=np.zeros(self._moments[0].shape[1:], np.float32),
+            features=np.zeros(self._features[0].shape[1:], np.float32) if with_features else None,
+        )
+
+    def _open(self, name: str) -> np.ndarray:
+        try:
+            return np.load(self._folder / name, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self._folder / name} cannot be read: {error}.") from error
+
+    def _compare(self, name: str, made: object, wanted: object) -> None:
+        if made != wanted:
+            raise ValueError(
+                f"The cache {self._folder} was made with another {name} ({made}, here {wanted}): "
+                f"write it again with python -m jflow.data cache, or set data.cache to ''."
+            )
+
+    def check_sources(self, sources: Sequence[Source]) -> None:
+        """Raises ValueError unless these are the sources, in their order, that were cached."""
+        self._compare("number of sources", len(self._checksums), len(sources))
+        for number, source in enumerate(sources):
+            made = self._checksums[number]
+            self._compare(f"source {source.name(0)}", made, source_checksum(source))
+
+    def image(self, which: int, index: int) -> CachedImage:
+        """Of record `index` of source `which`; ValueError if the record is broken."""
+        if index in self._broken[which]:
+            raise ValueError(self._broken[which][index])
+        features = np.array(self._features[which][index]) if self._features else None
+        return CachedImage(index, np.array(self._moments[which][index]), features)

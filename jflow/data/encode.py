@@ -1,0 +1,173 @@
+"""Writes the cache of VAE moments and SigLIP features, and opens it for a run; see `cache`."""
+
+import dataclasses
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+from jflow import checkpoints
+from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, source_checksum
+from jflow.data.examples import cached_crop
+from jflow.data.mixture import DataConfig
+from jflow.data.sources import Source, open_source
+from jflow.models.janusflow import JanusFlow, JanusFlowConfig
+from jflow.models.layers import Precision
+from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.training.config import TrainConfig
+
+_SIGLIP = "vision_und_enc_model"
+
+
+def encoders_of(params: dict, config: TrainConfig) -> Encoders:
+    """What identifies a run's encoders, from the parameters that it begins with.
+
+    Raises ValueError for a checkpoint without a VAE: there is nothing to cache.
+    """
+    if "vae" not in params:
+        raise ValueError(
+            f"{config.init_from} has no VAE, its latents are the pixels: set data.cache to ''."
+        )
+    siglip = {f"janusflow/{_SIGLIP}": params["janusflow"][_SIGLIP]}
+    paths = flatten_dict(siglip, sep="/")
+    trained = any(re.match(pattern, path) for pattern in config.trainable for path in paths)
+    use_features = config.objective.repa_weight and not trained
+    return Encoders(
+        vae=_checksum(params["vae"]),
+        siglip=_checksum(siglip) if use_features else None,
+        dtype=config.dtype,
+    )
+
+
+def open_cache(config: TrainConfig, params: dict, models: dict) -> ImageCache | None:
+    """The cache that a run is to use, None without one; see `ImageCache` for what is refused.
+
+    Args: params, models: of the checkpoint that the run begins with, as `load_checkpoint` has them.
+    """
+    if not config.data.cache:
+        return None
+    size = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip")).siglip.image_size
+    encoders = encoders_of(params, config)
+    return ImageCache(config.data.cache, Fingerprint(encoders, size, config.data.seed, ()))
+
+
+def _checksum(params: dict) -> int:
+    """Of paths and values, whatever the dtype they are stored in."""
+    checksum = 0
+    for path, leaf in sorted(flatten_dict(params, sep="/").items()):
+        checksum = zlib.crc32(path.encode(), checksum)
+        values = np.ascontiguousarray(np.asarray(leaf).astype(np.float32))
+        checksum = zlib.crc32(values.reshape(-1).view(np.uint8), checksum)
+    return checksum
+
+
+def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
+    """Encodes one crop of every record of the generation sources, `batch` at a time, into `out`.
+
+    Broken records are kept with their reasons, so that training skips the same ones.
+
+    Raises ValueError or OSError in one sentence; then nothing is written.
+    """
+    checkpoints.require_new(out)
+    chosen = [s for s in config.data.sources if s.task == "generation"]
+    if not chosen:
+        raise ValueError(f"{config.name} has no source of generation samples: nothing to cache.")
+    sources = [open_source(s.kind, s.path, s.split, dict(s.fields), s.image_folder) for s in chosen]
+    params, models, _ = checkpoints.load_checkpoint(config.init_from)
+    encoders = encoders_of(params, config)
+    dtype = jnp.dtype(config.dtype)
+    vae = AutoencoderKL(VAEConfig.from_hf(models["vae"]), dtype=dtype)
+    model_config = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip"))
+    model = JanusFlow(model_config, Precision(compute=dtype))
+    size = model_config.siglip.image_size
+
+    @jax.jit
+    def encode(params: dict, pixels: jax.Array) -> dict[str, jax.Array]:
+        moments = vae.apply({"params": params["vae"]}, pixels, method="encode")
+        found = {"moments": jnp.stack(moments, axis=1)}
+        if encoders.siglip is not None:
+            variables = {"params": params["janusflow"]}
+            found["features"] = model.apply(variables, pixels, method="image_features")
+        return {name: values.astype(jnp.float32) for name, values in found.items()}
+
+    print(f"{sum(map(len, sources))} crops of {size} pixels, into {out}")
+    with checkpoints.new_folder(out) as folder:
+        folder.mkdir()
+        broken = [
+            _write_source(
+                partial(encode, params),
+                source,
+                {name: folder / f"{name}-{number}.npy" for name in ("moments", "features")},
+                size,
+                config.data,
+                batch,
+            )
+            for number, source in enumerate(sources)
+        ]
+        fingerprint = Fingerprint(
+            encoders, size, config.data.seed, tuple(map(source_checksum, sources))
+        )
+        info = {"fingerprint": dataclasses.asdict(fingerprint), "broken": broken}
+        (folder / INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
+    return fingerprint
+
+
+def _write_source(
+    encode: Callable[[np.ndarray], dict[str, jax.Array]],
+    source: Source,
+    paths: dict[str, Path],
+    size: int,
+    data: DataConfig,
+    batch: int,
+) -> dict[int, str]:
+    """Writes the arrays of one source, each to its path; {index: why} of its broken records."""
+    broken, files = {}, {}
+    with tqdm(total=len(source), unit="crop") as bar:
+        for start, crops in _crop_batches(source, size, data.seed, batch, data.threads):
+            pixels = np.zeros((batch, size, size, 3), np.float32)
+            for i, crop in enumerate(crops):
+                if isinstance(crop, str):
+                    broken[start + i] = crop
+                else:
+                    pixels[i] = crop[0]
+            for name, values in encode(pixels).items():
+                if name not in files:
+                    shape = (len(source), *values.shape[1:])
+                    files[name] = np.lib.format.open_memmap(paths[name], "w+", np.float32, shape)
+                files[name][start : start + len(crops)] = np.asarray(values)[: len(crops)]
+            bar.update(len(crops))
+    for file in files.values():
+        file.flush()
+    return broken
+
+
+def _crop_batches(
+    source: Source, size: int, seed: int, batch: int, threads: int
+) -> Iterator[tuple[int, list[np.ndarray | str]]]:
+    """(first record, crops or reasons why there is none), the next batch made meanwhile."""
+
+    def crop(index: int) -> np.ndarray | str:
+        try:
+            return cached_crop(source[index], size, seed, index)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+
+    starts = range(0, len(source), batch)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def ask(start: int) -> list:
+            return [pool.submit(crop, i) for i in range(start, min(start + batch, len(source)))]
+
+        waiting = ask(0)
+        for start in starts:
+            ready, waiting = waiting, ask(start + batch)
+            yield start, [future.result() for future in ready]
