@@ -7,6 +7,7 @@ name: what a field does is found by going to its definition.
 import ast
 import dataclasses
 import difflib
+import inspect
 import runpy
 import typing
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
     Args:
       path: a file like configs/pretrain.py.
-      overrides: "optimizer.learning_rate=1e-4", see `override`.
+      overrides: "optimizer.learning_rate=1e-4", see `override`. The arguments of get_config are
+        given first, likewise: "folder=photos".
 
     Raises FileNotFoundError or ValueError in one sentence.
     """
@@ -28,9 +30,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise ValueError(f"{path} must define get_config().")
-    config = get_config()
+    parameters, given = inspect.signature(get_config).parameters, {}
     for assignment in overrides:
-        config = override(config, assignment)
+        name, _, text = assignment.partition("=")
+        if name in parameters:
+            given[name] = _parse(text, parameters[name].default, assignment)
+    config = get_config(**given)
+    for assignment in overrides:
+        if assignment.partition("=")[0] not in parameters:
+            config = override(config, assignment)
     return config
 
 

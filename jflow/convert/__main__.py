@@ -2,9 +2,15 @@
 
 python -m jflow.convert from-hf SRC --vae VAE --out DIR
 python -m jflow.convert to-hf DIR --out HF
+
+Or the three models that JanusFlow was made of to a checkpoint that configs/adaptation.py begins
+from; the layers between them are new:
+
+python -m jflow.convert from-parts --language LLM --siglip SIGLIP --vae VAE --out DIR
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,14 +18,28 @@ from pathlib import Path
 import huggingface_hub
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from jflow import checkpoints
-from jflow.convert.engine import Leaf, find_tensors, flatten, plan, read_params, write_params
-from jflow.convert.janusflow_rules import JANUSFLOW_RULES
+from jflow.convert import parts, siglip_rules
+from jflow.convert.engine import (
+    Leaf,
+    Tensor,
+    find_tensors,
+    flatten,
+    plan,
+    read_params,
+    write_params,
+)
+from jflow.convert.janusflow_rules import JANUSFLOW_RULES, LANGUAGE_RULES
 from jflow.convert.vae_rules import LEGACY_VAE_NAMES, VAE_RULES
+from jflow.images import ImageProcessor
+from jflow.inference.pipeline import check_parts
 from jflow.models.janusflow import JanusFlowConfig, abstract_params
+from jflow.models.llama import LlamaConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.prompts import Tokenizer
 
 CONFIG, SIGLIP, VAE_CONFIG = "config.json", "siglip_model_config.json", "vae/config.json"
 
@@ -35,6 +55,22 @@ def vae_leaves(config: VAEConfig) -> list[Leaf]:
     pixels = jnp.zeros((1, side, side, config.in_channels))
     variables = jax.eval_shape(lambda: AutoencoderKL(config).init(jax.random.key(0), pixels))
     return plan(VAE_RULES, variables["params"])
+
+
+def part_leaves(config: JanusFlowConfig, vocab_size: int) -> tuple[list[Leaf], list[Leaf]]:
+    """The same of a LlamaForCausalLM with `vocab_size` tokens, and of transformers' SigLIP.
+
+    The second's are those of `siglip_rules.separate`.
+    """
+    language = dataclasses.replace(config.language, vocab_size=vocab_size)
+    abstract = abstract_params(dataclasses.replace(config, language=language))
+    prefix = f"{parts.LANGUAGE}."
+    rules = [rule._replace(hf=rule.hf.removeprefix(prefix)) for rule in LANGUAGE_RULES]
+    siglip = jax.tree.map(lambda a: np.broadcast_to(np.uint8(0), a.shape), abstract[parts.SIGLIP])
+    return (
+        plan(rules, {parts.LANGUAGE: abstract[parts.LANGUAGE]}),
+        plan(siglip_rules.HF_SIGLIP_RULES, siglip_rules.separate(siglip)),
+    )
 
 
 def fetch(source: str, patterns: list[str]) -> Path:
@@ -57,26 +93,42 @@ def fetch(source: str, patterns: list[str]) -> Path:
 
 def read_json_files(folder: Path) -> dict[str, str]:
     """The text of every *.json of a folder but the shards' index, with its line ends."""
-    files = {}
-    for file in sorted(folder.glob("*.json")):
-        if file.name.endswith(".index.json"):
-            continue
-        try:
-            text = file.read_bytes().decode("utf-8")
-            json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{file} is not valid JSON: {error}.") from error
-        files[file.name] = text
-    return files
+    files = sorted(folder.glob("*.json"))
+    return {file.name: read_json(file) for file in files if not file.name.endswith(".index.json")}
 
 
-def read_models(sources: list[tuple[str, Path, list[Leaf]]]) -> dict:
-    """{name: params} of (name, folder, leaves), under one progress bar."""
-    found = {name: find_tensors(path, LEGACY_VAE_NAMES) for name, path, _ in sources}
-    opened = {tensor.file for tensors in found.values() for tensor in tensors.values()}
+def read_json(file: Path) -> str:
+    """The text of a file of valid JSON, with its line ends."""
+    try:
+        text = file.read_bytes().decode("utf-8")
+        json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    return text
+
+
+def read_config(folder: Path) -> tuple[dict, dict[str, str]]:
+    """The parsed config.json of a folder, and the text of all of its *.json."""
+    files = read_json_files(folder)
+    if CONFIG not in files:
+        raise FileNotFoundError(f"There is no {CONFIG} in {folder}.")
+    return json.loads(files[CONFIG]), files
+
+
+def read_models(sources: list[tuple[str, dict[str, Tensor], list[Leaf]]]) -> dict:
+    """{name: params} of (name, tensors, leaves), under one progress bar."""
+    opened = {tensor.file for _, tensors, _ in sources for tensor in tensors.values()}
     total = sum(file.stat().st_size for file in opened)
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True) as bar:
-        return {name: read_params(leaves, found[name], bar.update) for name, _, leaves in sources}
+        return {name: read_params(leaves, found, bar.update) for name, found, leaves in sources}
+
+
+def open_vae(source: str) -> tuple[dict, str, tuple[str, dict[str, Tensor], list[Leaf]]]:
+    """(config, its text, what `read_models` takes) of diffusers' AutoencoderKL."""
+    folder = fetch(source, [CONFIG, "diffusion_pytorch_model.safetensors"])
+    config, files = read_config(folder)
+    leaves = vae_leaves(VAEConfig.from_hf(config))
+    return config, files[CONFIG], ("vae", find_tensors(folder, LEGACY_VAE_NAMES), leaves)
 
 
 def from_hf(source: str, vae_source: str | None, out: str) -> None:
@@ -89,23 +141,68 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
     """
     checkpoints.require_new(out)
     folder = fetch(source, ["*.json", "*.safetensors"])
-    files = read_json_files(folder)
-    if CONFIG not in files:
-        raise FileNotFoundError(f"There is no {CONFIG} in {folder}.")
-    config = {"janusflow": json.loads(files[CONFIG])}
-    config["siglip"] = json.loads(files[SIGLIP]) if SIGLIP in files else None
-    model_config = JanusFlowConfig.from_hf(config["janusflow"], config["siglip"])
-    sources = [("janusflow", folder, janusflow_leaves(model_config))]
+    released, files = read_config(folder)
+    siglip = json.loads(files[SIGLIP]) if SIGLIP in files else None
+    config = {"janusflow": released, "siglip": siglip}
+    leaves = janusflow_leaves(JanusFlowConfig.from_hf(released, siglip))
+    sources = [("janusflow", find_tensors(folder), leaves)]
     if vae_source is not None:
-        folder = fetch(vae_source, [CONFIG, "diffusion_pytorch_model.safetensors"])
-        vae_files = read_json_files(folder)
-        if CONFIG not in vae_files:
-            raise FileNotFoundError(f"There is no {CONFIG} in {folder}.")
-        files[VAE_CONFIG] = vae_files[CONFIG]
-        config["vae"] = json.loads(files[VAE_CONFIG])
-        sources.append(("vae", folder, vae_leaves(VAEConfig.from_hf(config["vae"]))))
+        config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
+        sources.append(vae)
     params = read_models(sources)
     checkpoints.save_checkpoint(out, params, config, files)
+
+
+def from_parts(
+    language: str, siglip: str, vae_source: str, config_file: str | None, out: str
+) -> None:
+    """Joins a DeepSeek-LLM, a SigLIP and a VAE to a checkpoint folder `out` to begin stage 1 from.
+
+    Their tensors keep every bit; what JanusFlow adds to them is drawn anew, always the same.
+
+    Args:
+      language, siglip, vae_source: folders or hub names of a LlamaForCausalLM, of a SiglipModel or
+        SiglipVisionModel and of diffusers' AutoencoderKL.
+      config_file: config.json of a JanusFlow to build, its siglip_model_config.json beside it;
+        None for the released generation layers around the parts as they are.
+
+    Raises ValueError or OSError for sources that are not that; then nothing is written.
+    """
+    checkpoints.require_new(out)
+    folder = fetch(language, ["*.json", "*.safetensors"])
+    found, language_files = read_config(folder)
+    language_config = LlamaConfig.from_hf(found)
+    siglip_folder = fetch(siglip, ["*.json", "*.safetensors"])
+    siglip_config = siglip_rules.config_from_transformers(read_config(siglip_folder)[0])
+    files = parts.tokenizer_files(language_files, siglip_config)
+    tokenizer = Tokenizer.from_files(files)
+
+    wanted = None
+    if config_file is not None:
+        side = Path(config_file).with_name(SIGLIP)
+        sizes = json.loads(read_json(side)) if side.is_file() else None
+        wanted = JanusFlowConfig.from_hf(json.loads(read_json(Path(config_file))), sizes)
+    model = parts.join_configs(language_config, siglip_config, wanted, tokenizer.vocab_size)
+    config = dict(zip(("janusflow", "siglip"), model.to_hf(), strict=True))
+    files |= {CONFIG: json.dumps(config["janusflow"], indent=2)}
+    files |= {SIGLIP: json.dumps(config["siglip"], indent=2)}
+    config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
+    vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
+    check_parts(model, vae_module, tokenizer, ImageProcessor.from_files(files))
+
+    language_leaves, siglip_leaves = part_leaves(model, language_config.vocab_size)
+    vision = siglip_rules.vision_tensors(find_tensors(siglip_folder))
+    read = read_models(
+        [
+            ("language", parts.language_tensors(find_tensors(folder)), language_leaves),
+            ("siglip", vision, siglip_leaves),
+            vae,
+        ]
+    )
+    enlarged = parts.enlarge(read["language"][parts.LANGUAGE], model.language.vocab_size)
+    params = parts.fresh_params(model)
+    params |= {parts.LANGUAGE: enlarged, parts.SIGLIP: siglip_rules.fuse(read["siglip"])}
+    checkpoints.save_checkpoint(out, {"janusflow": params, "vae": read["vae"]}, config, files)
 
 
 def to_hf(source: str, out: str) -> None:
@@ -151,12 +248,25 @@ def main(argv: list[str] | None = None) -> int:
     writer = commands.add_parser("to-hf", help="a checkpoint of jflow to the released format")
     writer.add_argument("source", metavar="DIR")
     writer.add_argument("--out", required=True, metavar="HF")
+    joiner = commands.add_parser(
+        "from-parts",
+        help="a DeepSeek-LLM, a SigLIP and a VAE to a checkpoint to begin stage 1 from",
+    )
+    joiner.add_argument("--language", required=True, metavar="LLM", help="LlamaForCausalLM")
+    joiner.add_argument("--siglip", required=True, help="such as google/siglip-large-patch16-384")
+    joiner.add_argument("--vae", required=True, help="such as stabilityai/sdxl-vae")
+    joiner.add_argument(
+        "--config", metavar="FILE", help="config.json of a JanusFlow, for other generation layers"
+    )
+    joiner.add_argument("--out", required=True, metavar="DIR")
     args = parser.parse_args(argv)
     # An accelerator has no part in this, and may be too small for the parameters.
     jax.config.update("jax_platforms", "cpu")
     try:
         if args.command == "from-hf":
             from_hf(args.source, args.vae, args.out)
+        elif args.command == "from-parts":
+            from_parts(args.language, args.siglip, args.vae, args.config, args.out)
         else:
             to_hf(args.source, args.out)
     except (ValueError, OSError) as error:

@@ -178,7 +178,10 @@ def _tensor_files(folder: Path) -> list[Path]:
         files = [file for file in usual if file.is_file()][:1]
         files = files or sorted(folder.glob("*.safetensors"))
     if not files:
-        raise FileNotFoundError(f"There are no *.safetensors files in {folder}.")
+        raise FileNotFoundError(
+            f"There are no *.safetensors files in {folder}: where there are others (*.bin), load "
+            f"the model with transformers and save it again."
+        )
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}, named in {indices[0].name}, does not exist.")

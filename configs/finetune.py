@@ -1,0 +1,56 @@
+"""A finished model learns from your own pictures: to draw what they show, and to talk about them.
+
+    python train.py --config configs/finetune.py folder=photos init_from=janusflow
+
+FOLDER holds captions.jsonl, lines of {"image": "a.jpg", "caption": "..."}, which both halves of the
+model learn from; and, where there is one, conversations.jsonl, lines of LLaVA's {"image": "a.jpg",
+"conversations": [...]}, for understanding. Either may be a .json instead, one array. Images are
+found relative to their file. SigLIP and the VAE stay as they are.
+
+lora=true trains low-rank factors beside the language model's matrices, and the aligners;
+lora=false all of the language model and the generation layers: 20 bytes a parameter instead of 2,
+at a lower learning rate. Begins from a checkpoint of jflow.convert or from a run.
+"""
+
+from etils import epath
+
+from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
+from jflow.training.config import TrainConfig
+from jflow.training.lora import FACTORS, LoraConfig
+from jflow.training.objectives import ObjectiveConfig
+from jflow.training.optimizer import PRETRAINING, OptimizerConfig
+from jflow.training.state import EMAConfig
+
+ALIGNERS = (
+    r"janusflow/vision_(und_enc|gen_enc|gen_dec)_aligner",
+    r"janusflow/beg_of_und_embed",
+)
+# A finished model has no REPA head, and a new one would disturb what it knows.
+ALL = tuple(pattern for pattern in PRETRAINING if pattern != "repa/")
+
+
+def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
+    captions, conversations = f"{folder}/captions.json*", f"{folder}/conversations.json*"
+    sources = (
+        SourceConfig("understanding", "jsonl", captions),
+        SourceConfig("generation", "jsonl", captions),
+    )
+    if list(epath.Path(folder).glob("conversations.json*")):
+        sources += (SourceConfig("understanding", "jsonl", conversations),)
+    return TrainConfig(
+        name="finetune",
+        init_from="janusflow",
+        steps=1000,
+        trainable=(*ALIGNERS, FACTORS) if lora else ALL,
+        lora=LoraConfig() if lora else None,
+        data=DataConfig(
+            sources=sources,
+            mixture=(MixtureConfig(0, understanding=1, generation=1, text=0),),
+            batch_rows=4,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4 if lora else 2e-5, warmup_steps=50),
+        objective=ObjectiveConfig(repa_weight=0),
+        # Over the last 70 steps or so: the paper's average is for runs of many thousand.
+        ema=EMAConfig(decay=0.99, every=1),
+        save_every=200,
+    )
