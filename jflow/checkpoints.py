@@ -1,4 +1,4 @@
-"""Checkpoint folders: the only module that knows Orbax.
+"""Checkpoint folders; this module and checkpoint_writer.py alone know Orbax.
 
 A checkpoint is one Orbax composite with the items
   params  {"janusflow": ..., "vae": ...}, nested dicts of arrays; "vae" may be absent
@@ -11,6 +11,7 @@ Orbax nor its compression notices a flipped bit. A run folder holds such folders
 
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -73,6 +74,13 @@ def save_checkpoint(
 
     Raises FileExistsError for a path that is taken.
     """
+    with new_folder(path) as folder, _checkpointer() as checkpointer:
+        checkpointer.save(folder, items(params, config, files, state))
+        write_checksums(folder)
+
+
+def items(params: dict, config: dict, files: dict[str, str], state: Any) -> ocp.args.Composite:
+    """What Orbax is to write, of the arguments of `save_checkpoint`."""
 
     def arrays(tree):
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
@@ -80,16 +88,14 @@ def save_checkpoint(
             tree, save_args=save_args, ocdbt_target_data_file_size=FILE_BYTES
         )
 
-    items = {
+    found = {
         "params": arrays(params),
         "config": ocp.args.JsonSave(config),
         "files": ocp.args.JsonSave(files),
     }
     if state is not None:
-        items["state"] = arrays(_numbered(state))
-    with new_folder(path) as folder, _checkpointer() as checkpointer:
-        checkpointer.save(folder, ocp.args.Composite(**items))
-        write_checksums(folder)
+        found["state"] = arrays(_numbered(state))
+    return ocp.args.Composite(**found)
 
 
 def load_checkpoint(
@@ -198,6 +204,12 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / CHECKSUMS).is_file()
 
 
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes a checkpoint folder; stopped on the way, it leaves none that counts as one."""
+    (folder / CHECKSUMS).unlink()
+    shutil.rmtree(folder)
+
+
 def write_checksums(folder: Path) -> None:
     """Completes a checkpoint folder: without this file it does not count as one."""
     sums = {
@@ -227,21 +239,23 @@ def _verify(folder: Path) -> None:
             raise ValueError(f"{name} is not what was written.")
 
 
-@contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
+def handler() -> ocp.CompositeCheckpointHandler:
+    """What Orbax reads and writes our items with."""
     handlers = type_handlers.create_type_handler_registry(
         # Orbax would copy all arrays first, against writes during an asynchronous save.
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
         (jax.Array, type_handlers.ArrayHandler()),
     )
-    items = ocp.CompositeCheckpointHandler(
+    return ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
         state=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
         config=ocp.JsonCheckpointHandler(),
         files=ocp.JsonCheckpointHandler(),
     )
-    with ocp.Checkpointer(items) as checkpointer:
-        yield checkpointer
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(handler())
 
 
 @contextmanager
@@ -251,9 +265,14 @@ def _reported_as_damage(folder: Path) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the files
     except Exception as error:
-        # Orbax and TensorStore raise many types, bare Exception among them; the first cause tells.
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = " ".join(str(cause).split())[:200]
-        raise DamagedError(f"The checkpoint {folder} is damaged or incomplete: {reason}") from error
+        # Orbax and TensorStore raise many types, bare Exception among them.
+        raise DamagedError(
+            f"The checkpoint {folder} is damaged or incomplete: {first_cause(error)}"
+        ) from error
+
+
+def first_cause(error: BaseException) -> str:
+    """The text of the exception that the others were raised from, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:200]

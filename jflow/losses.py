@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jflow.sharding import by_rows
+
 
 @jax.custom_vjp
 def _logits(x: jax.Array, lm_head: jax.Array) -> jax.Array:
@@ -41,28 +43,31 @@ def autoregressive(
       chunk: positions of each row whose logits exist at a time; those of a chunk are computed
         again in the backward pass, so [B, L, vocab] never exists.
     """
-    rows, length = targets.shape
+    length = targets.shape[1]
     chunk = min(chunk, length)
     missing = -length % chunk
     hidden = jnp.pad(hidden, ((0, 0), (0, missing), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, missing)), constant_values=-1)
 
-    @jax.checkpoint
-    def add(total, part):
-        x, target = part
-        logits = _logits(x, lm_head)
-        # A comparison and a sum, not a gather: they stay local where the vocabulary is sharded.
-        chosen = jnp.arange(logits.shape[-1]) == target[..., None]
-        picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-        nll = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.sum(jnp.where(target >= 0, nll, 0)), None
+    def negative_log_likelihood(lm_head, hidden, targets):
+        @jax.checkpoint
+        def add(total, part):
+            x, target = part
+            logits = _logits(x, lm_head)
+            # A comparison and a sum, not a gather: they stay local where the vocabulary is split.
+            chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+            picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+            nll = jax.nn.logsumexp(logits, axis=-1) - picked
+            return total + jnp.sum(jnp.where(target >= 0, nll, 0)), None
 
-    parts = (
-        rearrange(hidden, "B (n c) D -> n B c D", c=chunk),
-        rearrange(targets, "B (n c) -> n B c", c=chunk),
-    )
-    total, _ = jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)
-    return total, jnp.sum(targets >= 0).astype(jnp.float32)
+        parts = (
+            rearrange(hidden, "B (n c) D -> n B c D", c=chunk),
+            rearrange(targets, "B (n c) -> n B c", c=chunk),
+        )
+        return jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)[0][None]
+
+    total = by_rows(negative_log_likelihood, lm_head, hidden, targets)
+    return jnp.sum(total), jnp.sum(targets >= 0).astype(jnp.float32)
 
 
 def rectified_flow(v: jax.Array, x: jax.Array, z0: jax.Array) -> jax.Array:

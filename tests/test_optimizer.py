@@ -58,6 +58,14 @@ def test_learning_rate_warms_up_and_stays():
     assert optimizer.learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=0), 0) == 2.0
 
 
+def test_learning_rate_falls_linearly_to_zero():
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=2, decay=(4, 8))
+    rates = [float(optimizer.learning_rate(config, i)) for i in (0, 1, 4, 5, 6, 7, 8, 20)]
+    np.testing.assert_allclose(rates, [1, 2, 2, 1.5, 1, 0.5, 0, 0], rtol=1e-6)
+    with pytest.raises(ValueError, match="decay must be"):
+        OptimizerConfig(decay=(8, 4))
+
+
 def test_split_and_merge():
     trainable, frozen = optimizer.split(TREE, (r"janusflow/vision_gen_", r"repa/"))
     assert set(trainable) | set(frozen) == set(SHAPES) and not set(trainable) & set(frozen)

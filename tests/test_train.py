@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sample
 import train
@@ -31,7 +34,8 @@ def source(task, file):
 
 def get_config():
     return TrainConfig(
-        name="test", init_from="CKPT", steps=6, trainable=PRETRAINING, dtype="float32", remat=False,
+        name="test", init_from="CKPT", steps=6, trainable=PRETRAINING, dtype="float32",
+        remat="none",
         data=DataConfig(
             sources=(
                 source("understanding", "captions.jsonl"),
@@ -95,8 +99,8 @@ def contents(run, step):
 
 def log(run):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    measured = ("seconds_per_step", "share_waiting_for_data")
-    return [{name: v for name, v in line.items() if name not in measured} for line in lines]
+    measured = re.compile("mfu|share_waiting_for_.*|.*_per_second|seconds_per_step")
+    return [{k: v for k, v in line.items() if not measured.fullmatch(k)} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +122,7 @@ def test_a_run_learns_and_keeps_what_it_should(uninterrupted):
     assert lines[-1]["ar"] < lines[0]["ar"] and lines[-1]["skipped"] == 0
     assert {"rf", "repa_cosine", "gradient_norm", "learning_rate", "padding"} <= set(lines[0])
     names = {file.name for file in uninterrupted.iterdir()}
-    assert names == {"00000002", "00000004", "00000006", "metrics.jsonl"}
+    assert names == {"00000002", "00000004", "00000006", "metrics.jsonl", "tensorboard"}
 
 
 def test_frozen_parameters_are_those_of_the_start(uninterrupted, tiny_ckpt):
@@ -190,6 +194,39 @@ def test_its_checkpoints_draw_answer_and_convert(uninterrupted, tmp_path):
     assert sample.main(["--ckpt", run, "--question", "What?", "--max-new-tokens", "8"]) == 0
     assert convert(["to-hf", run, "--out", str(tmp_path / "hf")]) == 0
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def cheap_objective(params, batch, whole, step, *, seed, modules, config):
+    """In place of the model's, for tests of what is around it: compiles in no time."""
+    leaves = jax.tree.leaves(params["janusflow"])
+    loss = sum(jnp.mean(jnp.square(leaf - 1.0)) for leaf in leaves)
+    return loss, {"rf": (loss, jnp.ones(()))}
+
+
+def test_what_a_person_sees_on_the_way(command, tmp_path, monkeypatch, capsys):
+    """Samples before the first step and every third one, a trace of two, speeds, the bar."""
+    monkeypatch.setattr(train, "janusflow", cheap_objective)
+    run, cat = tmp_path / "run", str(REPO / "docs" / "cat.jpg")
+    more = [
+        "samples.prompts=('a cat',)", f"samples.questions=(({cat!r}, 'What?'),)",
+        "samples.every=3", "samples.steps=1", "samples.max_new_tokens=1", "save_every=100",
+    ]  # fmt: skip
+    assert train.main([*command, *more, "--run", str(run), "--profile", "2"]) == 0
+    samples = [f"{step:08d}.{kind}" for step in (0, 3, 6) for kind in ("png", "txt")]
+    assert sorted(file.name for file in (run / "samples").iterdir()) == samples
+    assert len(list((run / "profile").rglob("*.xplane.pb"))) == 1
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["mfu"] > 0 and line["tokens_per_second"] > 0 and line["images_per_second"] > 0
+        assert 0 <= line["share_waiting_for_data"] <= 1
+    # The samples of step 3 count in the line of step 4.
+    assert ["share_waiting_for_samples" in line for line in lines] == [
+        True, False, False, True, False, False,
+    ]  # fmt: skip
+    shown = EventAccumulator(str(run / "tensorboard"))
+    shown.Reload()
+    assert [image.step for image in shown.Images("samples/images")] == [0, 3, 6]
+    assert "6/6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

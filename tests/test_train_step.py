@@ -122,15 +122,40 @@ def test_non_finite_step_is_skipped_and_counted():
     assert (skipped.step, skipped.skipped) == (2, 1)
     for name in ("params", "opt_state", "guard", "ema", "frozen"):
         assert equal(getattr(skipped, name), getattr(state, name)), name
-    assert metrics["skipped"] == (1, 1)
+    assert metrics["skipped"] == (1, 1) and metrics["skipped_in_row"] == (1, 1)
     assert metrics["learning_rate"][0] == pytest.approx(2 / 4 * 1e-3)
     for name, (total, count) in metrics.items():
-        if name not in ("skipped", "learning_rate"):
+        if name not in ("skipped", "skipped_in_row", "learning_rate"):
             assert np.all(np.asarray(total) == 0) and np.all(np.asarray(count) == 0), name
+    twice, metrics = step(skipped, poisoned, optimizer=OPTIMIZER)
+    assert (twice.skipped, twice.skipped_in_row, metrics["skipped_in_row"][0]) == (2, 2, 2)
     after, metrics = step(skipped, BATCH, optimizer=OPTIMIZER)
     assert (after.step, after.skipped) == (3, 1) and metrics["skipped"] == (0, 1)
+    assert after.skipped_in_row == 0 and metrics["skipped_in_row"] == (0, 1)
     assert metrics["learning_rate"][0] == pytest.approx(2 / 4 * 1e-3)
     assert not equal(after.params, state.params)
+
+
+def test_an_update_that_is_not_finite_is_skipped_too():
+    """Without eps, a gradient of 0 divides 0 by 0: the loss is finite, the parameters would not be.
+
+    The first row of the word embeddings is never looked up.
+    """
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=4, eps=0.0)
+    state = new_state(optimizer.PRETRAINING, config)
+    after, metrics = step(state, BATCH, optimizer=config)
+    assert metrics["skipped"] == (1, 1) and equal(after.params, state.params)
+    assert states.is_finite(after)
+
+
+@pytest.mark.parametrize("part", ["params", "ema", "opt_state", "guard"])
+def test_one_number_that_is_none_is_found(part):
+    state = new_state()
+    assert states.is_finite(state)
+    leaves, structure = jax.tree.flatten(getattr(state, part))
+    which = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    leaves[which] = leaves[which].at[..., -1].set(jnp.inf)
+    assert not states.is_finite(state.replace(**{part: structure.unflatten(leaves)}))
 
 
 def watched(guard: Guard, losses, norms) -> tuple[Guard, list[bool]]:

@@ -195,7 +195,7 @@ def open_image(data: bytes | np.ndarray) -> Image.Image:
     try:
         return decode(io.BytesIO(data))
     except Exception as error:  # Decoders raise whatever they like at damaged data.
-        raise ValueError(f"its image cannot be read ({error})") from error
+        raise ValueError(f"its image cannot be read ({type(error).__name__})") from error
 
 
 def _messages(record: dict[str, Any], rng: np.random.Generator) -> list[Message]:

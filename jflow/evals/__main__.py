@@ -39,7 +39,7 @@ def scores(ckpt: str, untrained: str | None, config: BenchmarkConfig, out: Path)
         if split == "seen":
             others = score(drawn.pictures, shuffled(drawn.records, config.seed))
             found["chance"], found["chance_strict"] = others["plain"], others["strict"]
-            elsewhere = ask(pipeline, split, config, shift=len(drawn.records) // 2 or 1)
+            elsewhere = ask(pipeline, split, config, shift=config.pictures // 2)
             found["answers_chance"] = answer_scores(elsewhere)
             about = {"checkpoint": ckpt}
             save_png(drawing_page(drawn), out / "drawn.png", about)

@@ -24,6 +24,10 @@ PROMPT_BUCKET = 64
 DECODE_CHUNK = 8
 # The VAE's activations are the largest of all: it decodes this many images at a time.
 VAE_BATCH = 4
+# A model without VAE that reads so many channels works on pixels: they are its latents.
+PIXEL_CHANNELS = 3
+# Tags that the released processor appends to a vocabulary, whether or not they have embeddings.
+ADDED_TAGS = 4
 
 
 @dataclass(frozen=True)
@@ -116,17 +120,22 @@ def check_parts(
         ("image_size of preprocessor_config.json", processor.image_size,
          "SigLIP's image_size", siglip.image_size),
     ]  # fmt: skip
-    if vae is not None:
-        side = siglip.image_size // vae.config.downscale
+    if vae is not None or encoder.input_channels == PIXEL_CHANNELS:
+        side = siglip.image_size // (vae.config.downscale if vae else 1)
         back = encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
-        channels = vae.config.latent_channels
+        channels = vae.config.latent_channels if vae else PIXEL_CHANNELS
+        what = "the VAE's latent_channels" if vae else "the channels of a pixel"
         pairs += [
-            ("the VAE's latent_channels", channels, "vision_gen_enc's", encoder.input_channels),
-            ("the VAE's latent_channels", channels, "vision_gen_dec's",
-             config.gen_decoder.out_channels),
+            (what, channels, "vision_gen_enc's", encoder.input_channels),
+            (what, channels, "vision_gen_dec's", config.gen_decoder.out_channels),
             ("latents along a side", side, "what the decoder gives back", back),
         ]  # fmt: skip
     wrong = [f"{a} ({x}) and {b} ({y})" for a, x, b, y in pairs if x != y]
+    if tokenizer.vocab_size > config.language.vocab_size + ADDED_TAGS:
+        wrong.append(
+            f"the tokenizer's vocabulary ({tokenizer.vocab_size}) and the model's embeddings "
+            f"({config.language.vocab_size})"
+        )
     if wrong:
         raise ValueError(f"The parts of the checkpoint do not fit: {'; '.join(wrong)}.")
 
@@ -176,16 +185,14 @@ class Pipeline:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of the latents of an image of the model's resolution."""
-        self._require_vae()
-        side = self.model.config.siglip.image_size // self.vae.config.downscale
-        return side, side, self.model.config.gen_encoder.input_channels
-
-    def _require_vae(self):
-        if self.vae is None:
+        channels = self.model.config.gen_encoder.input_channels
+        if self.vae is None and channels != PIXEL_CHANNELS:
             raise ValueError(
                 "This checkpoint has no VAE, which generation needs: convert it again with "
                 "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
             )
+        side = self.model.config.siglip.image_size // (self.vae.config.downscale if self.vae else 1)
+        return side, side, channels
 
     def _check(self, row: np.ndarray, more: int, what: str):
         language = self.model.config.language
@@ -204,11 +211,13 @@ class Pipeline:
         options: ImageOptions = ImageOptions(),
         batch_size: int = 8,
         init_image: Image.Image | None = None,
+        first_ids: Sequence[int] | None = None,
     ) -> Iterator[np.ndarray]:
         """Draws images 0 .. num - 1 of every prompt, batch by batch.
 
         Each image depends on its (prompt, seed, index) alone: neither on the other prompts nor on
         the batch size. `init_image` makes it image-to-image, see `ImageOptions.strength`.
+        first_ids: where the images of each prompt are counted from, instead of 0.
 
         Yields: uint8 [b, H, W, 3], in order, prompts outermost. Raises ValueError in one sentence
         for an empty or overlong prompt and for a checkpoint without VAE.
@@ -225,10 +234,14 @@ class Pipeline:
         if init_image is not None:
             size = self.model.config.siglip.image_size
             pixels = images.from_uint8(images.center_crop_square(init_image, size))
-            start = encode_pixels(self.vae, self.params["vae"], pixels[None])
+            start = pixels[None]
+            if self.vae is not None:
+                start = encode_pixels(self.vae, self.params["vae"], start)
 
         prompt_ids = np.repeat(np.arange(len(rows)), num)
         image_ids = np.tile(np.arange(num), len(rows))
+        if first_ids is not None:
+            image_ids += np.repeat(np.asarray(first_ids), num)
         batch_size = min(batch_size, len(prompt_ids))
         for first in range(0, len(prompt_ids), batch_size):
             # The last batch is filled up with copies, so that it runs the same program.
@@ -253,6 +266,8 @@ class Pipeline:
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """[B, h, w, c] latents -> uint8 [B, H, W, 3], a few at a time."""
+        if self.vae is None:
+            return images.to_uint8(np.asarray(latents))
         chunk = min(VAE_BATCH, len(latents))
         pixels = []
         for first in range(0, len(latents), chunk):

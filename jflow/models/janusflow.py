@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jflow.models.layers import KVCache, Linear, Precision, RMSNorm
+from jflow.models.attention import Implementation
+from jflow.models.layers import KVCache, Linear, Precision, Remat, RMSNorm
 from jflow.models.llama import Llama, LlamaConfig, LlamaOutput
 from jflow.models.siglip import SIGLIP_BY_NAME, Siglip, SiglipConfig
 from jflow.models.uvit import GenDecoder, GenDecoderConfig, GenEncoder, GenEncoderConfig
@@ -142,13 +143,16 @@ class JanusFlow(nn.Module):
     config: JanusFlowConfig
     precision: Precision = Precision()
     scan_layers: bool = True  # False: see Llama
-    remat: bool = False
+    remat: Remat = "none"
+    attention: Implementation = "auto"  # of the language model and SigLIP
 
     def setup(self):
         config, precision = self.config, self.precision
         hidden = config.language.hidden_size
-        self.language_model = Llama(config.language, precision, self.scan_layers, self.remat)
-        self.vision_und_enc_model = Siglip(config.siglip, precision, self.remat)
+        self.language_model = Llama(
+            config.language, precision, self.scan_layers, self.remat, self.attention
+        )
+        self.vision_und_enc_model = Siglip(config.siglip, precision, self.remat, self.attention)
         self.vision_und_enc_aligner = Linear(hidden, precision)
         self.beg_of_und_embed = self.param(
             "beg_of_und_embed", nn.initializers.zeros, (1, hidden), precision.param

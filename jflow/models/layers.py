@@ -1,4 +1,4 @@
-"""The few layers that every part of the model shares.
+"""The few layers that every part of the model shares; attention is in attention.py.
 
 Axes: B batch, T new tokens, S cached tokens, H query heads, K key/value heads, D head width,
 C channels. Numbers that decide correctness (norms, softmax, rotary angles, the sinusoid) are
@@ -6,7 +6,7 @@ computed in float32 whatever `dtype` the matrix products use.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -14,8 +14,13 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jflow.sharding import constrain
+
 # Weights begin as N(0, 1 / fan_in), the scale at which a product keeps the variance of its input.
 fan_in_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+# The name under which splash attention hands its results to its backward pass.
+FLASH_RESIDUALS = "flash_residuals"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,35 @@ class Precision:
     compute: Any = jnp.float32
     norm: Any = jnp.float32
     softmax: Any = jnp.float32
+
+
+Remat = Literal["none", "dots", "full"]
+
+
+def remat(module: type[nn.Module], policy: Remat) -> type[nn.Module]:
+    """The same module, computing again in the backward pass what `policy` does not keep.
+
+    none: keeps everything. dots: keeps the products with weights and the results of flash
+    attention; the rest is cheap to compute. full: keeps the module's inputs.
+
+    Raises ValueError for another policy.
+    """
+    if policy == "none":
+        return module
+    policies = {"dots": _keep_products, "full": None}
+    if policy not in policies:
+        raise ValueError(f"remat must be none, dots or full, not {policy!r}.")
+    return nn.remat(module, prevent_cse=False, policy=policies[policy])
+
+
+def _keep_products(primitive, *args, **params) -> bool:
+    """A policy of jax.checkpoint: what is kept, by the operation that made it."""
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return (
+        dots(primitive, *args, **params)
+        or params.get("name") == FLASH_RESIDUALS  # splash attention's
+        or "dot_product_attention_fwd" in primitive.name  # cuDNN's
+    )
 
 
 class RMSNorm(nn.Module):
@@ -119,9 +153,10 @@ class KVCache:
     def of(cls, k: jax.Array, v: jax.Array, segment_ids: jax.Array, reserve: int = 0) -> "KVCache":
         """A cache of T tokens, k and v [layers, B, T, K, D], and `reserve` empty slots behind."""
         k, v = (jnp.pad(a, ((0, 0), (0, 0), (0, reserve), (0, 0), (0, 0))) for a in (k, v))
+        k, v = rearrange(k, "l B S K D -> l B K D S"), rearrange(v, "l B S K D -> l B K S D")
         return cls(
-            k=rearrange(k, "l B S K D -> l B K D S"),
-            v=rearrange(v, "l B S K D -> l B K S D"),
+            k=constrain(k, None, "batch", "heads", None, None),
+            v=constrain(v, None, "batch", "heads", None, None),
             segment_ids=jnp.pad(segment_ids, ((0, 0), (0, reserve))),
         )
 
@@ -135,63 +170,6 @@ class KVCache:
             v=put(self.v, new.v, slot, axis=3),
             segment_ids=put(self.segment_ids, new.segment_ids, slot, axis=1),
         )
-
-
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-    """[B, T] segment ids -> [B, T, T]: may query t see key s? Same segment and s <= t.
-
-    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
-    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
-    """
-    length = segment_ids.shape[1]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    return same & jnp.tril(jnp.ones((length, length), bool))
-
-
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    precision: Precision,
-    cache: KVCache | None = None,
-    cache_mask: jax.Array | None = None,
-) -> jax.Array:
-    """softmax(q k' / sqrt(D)) v over the cached tokens and the new ones together.
-
-    Args:
-      q: [B, T, H, D]; k, v: [B, T, K, D] with H a multiple of K (grouped queries).
-      mask: bool [B, T, T] over the new tokens, None to see all of them.
-      cache, cache_mask: one layer's cache and bool [B, T, S] over it. It is read in place: scores
-        are joined, keys and values are not, so no step copies the cache.
-
-    Returns: [B, T, H, D].
-    """
-    heads, kv_heads, width = q.shape[2], k.shape[2], q.shape[3]
-    if heads % kv_heads:
-        raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads.")
-    q = rearrange(q, "B T (K G) D -> B K G T D", K=kv_heads)
-    score_type = precision.softmax
-
-    def scores(keys, axes, allowed):
-        s = jnp.einsum(f"BKGTD,{axes}->BKGTS", q, keys, preferred_element_type=score_type)
-        s = s * jnp.asarray(width**-0.5, score_type)
-        if allowed is None:
-            return s
-        return jnp.where(allowed[:, None, None], s, jnp.finfo(score_type).min)
-
-    def weigh(weights, values, axes):
-        return jnp.einsum(f"BKGTS,{axes}->BKGTD", weights.astype(values.dtype), values)
-
-    s = scores(k, "BSKD", mask)
-    if cache is None:
-        out = weigh(jax.nn.softmax(s, axis=-1), v, "BSKD")
-    else:
-        past = cache.k.shape[-1]
-        s = jnp.concatenate([scores(cache.k, "BKDS", cache_mask), s], axis=-1)
-        weights = jax.nn.softmax(s, axis=-1)
-        out = weigh(weights[..., :past], cache.v, "BKSD") + weigh(weights[..., past:], v, "BSKD")
-    return rearrange(out, "B K G T D -> B T (K G) D")
 
 
 def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:

@@ -11,15 +11,17 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jflow.models.attention import Implementation, attention
 from jflow.models.layers import (
     KVCache,
     Linear,
     Precision,
+    Remat,
     RMSNorm,
-    attention,
-    causal_mask,
+    remat,
     rotary_embedding,
 )
+from jflow.sharding import constrain, look_up
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ class LlamaOutput:
 class Attention(nn.Module):
     config: LlamaConfig
     precision: Precision
+    attention: Implementation
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache, cache_mask):
+    def __call__(self, x, positions, segment_ids, cache):
         config, D = self.config, self.config.head_width
 
         def project(heads, name):
@@ -95,7 +98,7 @@ class Attention(nn.Module):
         )
         k = rotary_embedding(project(config.kv_heads, "k_proj"), positions, config.rope_theta)
         v = project(config.kv_heads, "v_proj")
-        out = attention(q, k, v, mask, self.precision, cache, cache_mask)
+        out = attention(q, k, v, self.precision, segment_ids, cache, self.attention)
         out = rearrange(out, "B T H D -> B T (H D)")
         return Linear(config.hidden_size, self.precision, use_bias=False, name="o_proj")(out), k, v
 
@@ -119,17 +122,19 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     config: LlamaConfig
     precision: Precision
+    attention: Implementation
 
     @nn.compact
-    def __call__(self, x, positions, mask, cache, cache_mask):
+    def __call__(self, x, positions, segment_ids, cache):
         eps = self.config.rms_norm_eps
         y = RMSNorm(eps, self.precision, name="input_layernorm")(x)
-        y, k, v = Attention(self.config, self.precision, name="self_attn")(
-            y, positions, mask, cache, cache_mask
+        y, k, v = Attention(self.config, self.precision, self.attention, name="self_attn")(
+            y, positions, segment_ids, cache
         )
         x = x + y
         y = RMSNorm(eps, self.precision, name="post_attention_layernorm")(x)
-        return x + Mlp(self.config, self.precision, name="mlp")(y), k, v
+        x = x + Mlp(self.config, self.precision, name="mlp")(y)
+        return constrain(x, "batch", None, None), k, v
 
 
 class TappedBlock(nn.Module):
@@ -141,14 +146,17 @@ class TappedBlock(nn.Module):
 
     config: LlamaConfig
     precision: Precision
-    remat: bool
+    remat: Remat
+    attention: Implementation
 
     @nn.compact
-    def __call__(self, carry, layer, cache, positions, mask, cache_mask, tap_layer):
+    def __call__(self, carry, layer, cache, cached_ids, positions, segment_ids, tap_layer):
         x, tap = carry
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        x, k, v = block(self.config, self.precision, name="block")(
-            x, positions, mask, cache, cache_mask
+        if cache is not None:
+            cache = cache.replace(segment_ids=cached_ids)
+        block = remat(Block, self.remat)
+        x, k, v = block(self.config, self.precision, self.attention, name="block")(
+            x, positions, segment_ids, cache
         )
         if tap_layer is not None:
             tap = jnp.where(layer + 1 == tap_layer, x, tap)
@@ -161,13 +169,15 @@ class Llama(nn.Module):
     scan_layers: one compiled block scanned over stacked weights, or (False, with parameters from
       `unstack_layers`) each layer on its own. Scanning compiles fast, but slices each layer's
       weights out of the stack: nothing beside 577 tokens, 2.5 times the time of a step of one.
-    remat: recompute each block in the backward pass.
+    remat: what each block computes again in the backward pass, see `layers.remat`.
+    attention: see attention.py.
     """
 
     config: LlamaConfig
     precision: Precision = Precision()
     scan_layers: bool = True
-    remat: bool = False
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     def setup(self):
         config, precision = self.config, self.precision
@@ -177,6 +187,7 @@ class Llama(nn.Module):
             (config.vocab_size, config.hidden_size),
             precision.param,
         )
+        block = (config, precision, self.remat, self.attention)
         if self.scan_layers:
             self.layers = nn.scan(
                 TappedBlock,
@@ -184,17 +195,15 @@ class Llama(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=config.num_hidden_layers,
-            )(config, precision, self.remat)
+            )(*block)
         else:
-            self.layers = [
-                TappedBlock(config, precision, self.remat) for _ in range(config.num_hidden_layers)
-            ]
+            self.layers = [TappedBlock(*block) for _ in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config.rms_norm_eps, precision)
         self.lm_head = Linear(config.vocab_size, precision, use_bias=False)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """[B, T] token ids -> [B, T, C] word embeddings."""
-        return jnp.take(self.embed_tokens, tokens, axis=0).astype(self.precision.compute)
+        return look_up(self.embed_tokens, tokens).astype(self.precision.compute)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., C] hidden states after the final norm -> [..., vocab] float32 logits."""
@@ -220,15 +229,15 @@ class Llama(nn.Module):
         layers = self.config.num_hidden_layers
         if tap_layer is not None and not 1 <= tap_layer <= layers:
             raise ValueError(f"tap_layer {tap_layer} is outside the model's blocks 1..{layers}.")
-        cache_mask = None
+        cached_ids = None
         if cache is not None:
             # The cache's segment ids are one per token, not one per layer: they stay outside the
-            # scan as a mask, and each layer's slice carries an empty stand-in for them.
-            cache_mask = segment_ids[:, :, None] == cache.segment_ids[:, None, :]
+            # scan, and each layer's slice carries an empty stand-in for them.
+            cached_ids = cache.segment_ids
             cache = cache.replace(segment_ids=jnp.zeros((layers, 0)))
-        x = x.astype(self.precision.compute)
+        x = constrain(x.astype(self.precision.compute), "batch", None, None)
         carry = (x, jnp.zeros_like(x) if tap_layer is not None else jnp.zeros((), x.dtype))
-        shared = (positions, causal_mask(segment_ids), cache_mask, tap_layer)
+        shared = (cached_ids, positions, segment_ids, tap_layer)
         if self.scan_layers:
             carry, (k, v) = self.layers(carry, jnp.arange(layers), cache, *shared)
         else:

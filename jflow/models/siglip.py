@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from jflow.models.layers import LayerNorm, Linear, Precision, attention, fan_in_init
+from jflow.models.attention import Implementation, attention
+from jflow.models.layers import LayerNorm, Linear, Precision, Remat, fan_in_init, remat
+from jflow.sharding import constrain
 
 # What the released code keeps in a table (siglip_vit.py: SigLIP_MODEL_CONFIG) and its config.json
 # refers to by `model_name`: patch size, width, layers, heads, mlp_ratio.
@@ -98,12 +100,13 @@ class SiglipMlp(nn.Module):
 class SiglipAttention(nn.Module):
     config: SiglipConfig
     precision: Precision
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x):
         qkv = Linear(3 * self.config.width, self.precision, name="qkv")(x)
         q, k, v = rearrange(qkv, "B T (three H D) -> three B T H D", three=3, H=self.config.heads)
-        out = attention(q, k, v, None, self.precision)
+        out = attention(q, k, v, self.precision, implementation=self.attention)
         out = rearrange(out, "B T H D -> B T (H D)")
         return Linear(self.config.width, self.precision, name="proj")(out)
 
@@ -111,14 +114,16 @@ class SiglipAttention(nn.Module):
 class SiglipBlock(nn.Module):
     config: SiglipConfig
     precision: Precision
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x, _):
         eps = self.config.norm_eps
         y = LayerNorm(eps, self.precision, name="norm1")(x)
-        x = x + SiglipAttention(self.config, self.precision, name="attn")(y)
+        x = x + SiglipAttention(self.config, self.precision, self.attention, name="attn")(y)
         y = LayerNorm(eps, self.precision, name="norm2")(x)
-        return x + SiglipMlp(self.config, self.precision, name="mlp")(y), None
+        x = x + SiglipMlp(self.config, self.precision, name="mlp")(y)
+        return constrain(x, "batch", None, None), None
 
 
 class AttentionPool(nn.Module):
@@ -144,7 +149,7 @@ class AttentionPool(nn.Module):
         kv = Linear(2 * config.width, precision, name="kv")(x)
         q = rearrange(q, "B T (H D) -> B T H D", H=config.heads)
         k, v = rearrange(kv, "B T (two H D) -> two B T H D", two=2, H=config.heads)
-        out = rearrange(attention(q, k, v, None, precision), "B T H D -> B T (H D)")
+        out = rearrange(attention(q, k, v, precision), "B T H D -> B T (H D)")
         x = Linear(config.width, precision, name="proj")(out)
         y = LayerNorm(config.norm_eps, precision, name="norm")(x)
         return (x + SiglipMlp(config, precision, name="mlp")(y))[:, 0]
@@ -155,7 +160,8 @@ class Siglip(nn.Module):
 
     config: SiglipConfig
     precision: Precision = Precision()
-    remat: bool = False
+    remat: Remat = "none"
+    attention: Implementation = "auto"
 
     def setup(self):
         config, precision = self.config, self.precision
@@ -170,14 +176,13 @@ class Siglip(nn.Module):
             (1, config.num_tokens, config.width),
             precision.param,
         )
-        block = nn.remat(SiglipBlock, prevent_cse=False) if self.remat else SiglipBlock
         self.blocks = nn.scan(
-            block,
+            remat(SiglipBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.layers,
-        )(config, precision)
+        )(config, precision, self.attention)
         self.norm = LayerNorm(config.norm_eps, precision)
         self.attn_pool = AttentionPool(config, precision)
 

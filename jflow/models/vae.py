@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 
-from jflow.models.layers import Linear, Precision, attention, fan_in_init
+from jflow.models.attention import attention
+from jflow.models.layers import Linear, Precision, fan_in_init
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,7 @@ class VAEConfig:
         missing = [name for name in names if name not in given]
         if missing:
             raise ValueError(f"The VAE's config.json lacks {', '.join(missing)}; add it.")
-        blocks = len(given["block_out_channels"])
-        required = {
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * blocks,
-            "up_block_types": ["UpDecoderBlock2D"] * blocks,
-            "mid_block_add_attention": True,
-            "use_quant_conv": True,
-            "use_post_quant_conv": True,
-        }
+        required = _fixed_fields(len(given["block_out_channels"]))
         harmless = ("sample_size", "force_upcast")
         for name, value in given.items():
             if name in names or name in harmless:
@@ -76,6 +69,24 @@ class VAEConfig:
                 )
         values = {name: given[name] for name in names}
         return cls(**values | {"block_out_channels": tuple(given["block_out_channels"])})
+
+    def to_hf(self) -> dict:
+        """The config.json that `from_hf` and diffusers read back to this autoencoder."""
+        channels = list(self.block_out_channels)
+        known = vars(self) | {"block_out_channels": channels, "_class_name": "AutoencoderKL"}
+        return known | _fixed_fields(len(channels))
+
+
+def _fixed_fields(blocks: int) -> dict:
+    """What diffusers' config.json says of an autoencoder like SDXL's beside VAEConfig's fields."""
+    return {
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "mid_block_add_attention": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
 
 
 def conv(features: int, size: int, precision: Precision, name: str) -> nn.Conv:
@@ -148,7 +159,7 @@ class Attention(nn.Module):
         y = GroupNorm(self.groups, self.precision, name="group_norm")(x)
         y = rearrange(y, "B h w C -> B (h w) 1 C")
         q, k, v = (Linear(channels, self.precision, name=f"to_{n}")(y) for n in "qkv")
-        y = attention(q, k, v, None, self.precision)
+        y = attention(q, k, v, self.precision)
         y = Linear(channels, self.precision, name="to_out_0")(y)
         return x + rearrange(y, "B (h w) 1 C -> B h w C", h=height, w=width)
 

@@ -1,11 +1,14 @@
 """Sums of many steps to the numbers that a person reads."""
 
-import json
-from pathlib import Path
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 
+from jflow.batch import Batch
+from jflow.training.flops import Cost, Work, count_work
 from jflow.training.objectives import Sums
 
 
@@ -21,25 +24,53 @@ def means(steps: list[Sums]) -> dict[str, float]:
     return found
 
 
-class Log:
-    """RUN/metrics.jsonl, one object a line; a continued run drops the lines that it will repeat."""
+class Meter:
+    """Adds up steps, and what the time went to, between two lines of the log.
 
-    def __init__(self, run: Path, step: int):
-        run.mkdir(parents=True, exist_ok=True)
-        self._file = run / "metrics.jsonl"
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
-        partial = self._file.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self._file)
+    Args: cost: of the model's step; peak: operations per second of all devices together.
+    """
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+    def __init__(self, cost: Cost, peak: float):
+        self._cost, self._peak = cost, peak
+        self._clear()
 
+    def _clear(self):
+        self._sums: list[Sums] = []
+        self._padding: list[float] = []
+        self._work = np.zeros(len(Work._fields))
+        self._spent: dict[str, float] = {}
+        self._began = time.perf_counter()
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # cut off in the middle of a write
+    @contextmanager
+    def waiting(self, cause: str) -> Iterator[None]:
+        """Counts the block's time as share_waiting_for_CAUSE."""
+        began = time.perf_counter()
+        yield
+        self._spent[cause] = self._spent.get(cause, 0.0) + time.perf_counter() - began
+
+    def add(self, sums: Sums, batch: Batch, padding: float) -> None:
+        """A step. batch: this process's rows, numpy arrays; others are taken to do as much."""
+        self._sums.append(sums)
+        self._padding.append(padding)
+        self._work += np.array(count_work(batch)) * jax.process_count()
+
+    def read(self) -> dict[str, float]:
+        """The `means` since the last call, speeds and shares of time; begins anew.
+
+        Waits for the last step to be computed.
+        """
+        values = means(self._sums)
+        seconds = time.perf_counter() - self._began
+        work = Work(*self._work)
+        flops = self._cost.of(work) / seconds
+        values |= {
+            "padding": sum(self._padding) / len(self._padding),
+            "seconds_per_step": seconds / len(self._sums),
+            "tokens_per_second": work.tokens / seconds,
+            "images_per_second": (work.understood + work.generated) / seconds,
+            "tflops_per_second": flops / 1e12,
+            "mfu": flops / self._peak,
+        }
+        values |= {f"share_waiting_for_{name}": s / seconds for name, s in self._spent.items()}
+        self._clear()
+        return values

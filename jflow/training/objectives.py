@@ -14,6 +14,7 @@ from jflow.batch import Batch, ImageRows, TextRows
 from jflow.models.janusflow import JanusFlow
 from jflow.models.repa import RepaHead
 from jflow.models.vae import AutoencoderKL
+from jflow.training.lora import LoraConfig, merge
 
 # name -> (sum, count); arrays of the same shape, a mean is their quotient.
 Sums = dict[str, tuple[jax.Array, jax.Array]]
@@ -50,11 +51,13 @@ class Modules:
     """The networks behind params["janusflow"], ["vae"] and ["repa"].
 
     vae: None where the model works on pixels; they are the latents then. repa: None without REPA.
+    lora: what the factors in params["janusflow"] stand for; None without.
     """
 
     model: JanusFlow
     vae: AutoencoderKL | None
     repa: RepaHead | None
+    lora: LoraConfig | None = None
 
 
 def draw_times(ids: jax.Array, seed: int, step: jax.Array, config: ObjectiveConfig) -> jax.Array:
@@ -84,17 +87,29 @@ def clean_latents(
     step: jax.Array,
     vae: AutoencoderKL | None,
     sample_posterior: bool,
+    moments: jax.Array | None = None,
 ) -> jax.Array:
-    """Crops [M, H, W, 3] -> latents [M, h, w, c] times the scaling factor; no gradient."""
+    """Crops [M, H, W, 3] -> latents [M, h, w, c] times the scaling factor; no gradient.
+
+    moments: [M, 2, h, w, c], where the VAE has encoded the crops before (`data.cache`).
+    """
     if vae is None:
         return pixels
-    frozen = jax.lax.stop_gradient(params["vae"])
-    mean, logvar = vae.apply({"params": frozen}, pixels, method="encode")
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    if moments is not None:
+        mean, logvar = moments[:, 0], moments[:, 1]
+    else:
+        frozen = jax.lax.stop_gradient(params["vae"])
+        mean, logvar = vae.apply({"params": frozen}, pixels, method="encode")
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
     if sample_posterior:
         noise = draw_normal(ids, seed, "vae", step, mean.shape[1:])
         mean = mean + jnp.exp(logvar / 2) * noise
     return mean * vae.config.scaling_factor
+
+
+def _images(a: jax.Array | None) -> jax.Array | None:
+    """[B, G, ...] -> [B * G, ...]; None stays None."""
+    return None if a is None else rearrange(a, "B G ... -> (B G) ...")
 
 
 def text_sums(params: dict, rows: TextRows, modules: Modules, config: ObjectiveConfig) -> Sums:
@@ -155,9 +170,11 @@ def image_sums(
         "rf_by_time": (jnp.sum(error[:, None] * bins, axis=0), jnp.sum(bins, axis=0)),
     }
     if config.repa_weight:
-        frozen = jax.lax.stop_gradient(params["janusflow"])
-        pixels = rearrange(rows.pixels, "B G H W c -> (B G) H W c")
-        target = model.apply({"params": frozen}, pixels, method="image_features")
+        if rows.features is not None:
+            target = _images(rows.features)
+        else:
+            frozen = {"params": jax.lax.stop_gradient(params["janusflow"])}
+            target = model.apply(frozen, _images(rows.pixels), method="image_features")
         if target.shape[1] != gen.embeddings.shape[1] - 1:
             raise ValueError(
                 f"REPA compares position by position, but SigLIP has {target.shape[1]} tokens and "
@@ -193,6 +210,7 @@ def janusflow(
 
     Returns: the loss, and the sums and counts of `text_sums` and `image_sums` over `batch`.
     """
+    params = merge(params, modules.lora, modules.model.precision.compute)
     loss, sums = jnp.zeros(()), {}
     if batch.text is not None:
         sums |= text_sums(params, batch.text, modules, config)
@@ -201,8 +219,9 @@ def janusflow(
     if batch.images is not None:
         rows = batch.images
         ids = rows.sample_ids.reshape(-1)
-        pixels = rearrange(rows.pixels, "B G H W c -> (B G) H W c")
-        x = clean_latents(params, pixels, ids, seed, step, modules.vae, config.sample_posterior)
+        pixels, posterior = _images(rows.pixels), config.sample_posterior
+        moments = _images(rows.moments)
+        x = clean_latents(params, pixels, ids, seed, step, modules.vae, posterior, moments)
         z0 = draw_normal(ids, seed, "noise", step, x.shape[1:])
         t = draw_times(ids, seed, step, config)
         sums |= image_sums(params, rows, x, z0, t, modules, config)

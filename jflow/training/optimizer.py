@@ -26,20 +26,29 @@ class OptimizerConfig:
 
     learning_rate: float = 1e-4
     warmup_steps: int = 2000
+    decay: tuple[int, int] | None = None  # updates over which the rate falls to 0; the paper's none
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8  # not printed
     weight_decay: float = 0.0
     clip_norm: float = 1.0  # of the gradient's norm over all trainable parameters
     accumulate: int = 1  # parts that a batch is computed in, one behind the other
 
+    def __post_init__(self):
+        if self.decay is not None and not 0 <= self.decay[0] < self.decay[1]:
+            raise ValueError(f"decay must be (first, last) update, not {self.decay}.")
+
 
 def learning_rate(config: OptimizerConfig, updates: jax.Array) -> jax.Array:
-    """The rate of the update that `updates` others came before: linear, then constant.
+    """The rate of the update that `updates` others came before: linear, then constant, and linear
+    again over `decay`.
 
     The first one is not lost: it has 1 / warmup_steps of the full rate.
     """
-    warm = (updates + 1) / max(config.warmup_steps, 1)
-    return config.learning_rate * jnp.minimum(warm, 1)
+    share = jnp.minimum((updates + 1) / max(config.warmup_steps, 1), 1)
+    if config.decay is not None:
+        start, end = config.decay
+        share *= jnp.clip((end - updates) / (end - start), 0, 1)
+    return config.learning_rate * share
 
 
 def adamw(config: OptimizerConfig) -> optax.GradientTransformation:

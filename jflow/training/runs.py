@@ -1,24 +1,38 @@
 """Run folders: a checkpoint every so many steps, and the way back to the last good one.
 
 RUN/00001000/ is a checkpoint as sample.py and jflow.convert read it, its parameters the averaged
-ones, with the rest of the training state beside them; RUN/metrics.jsonl is the log.
+ones, with the rest of the training state beside them. RUN/metrics.jsonl and RUN/tensorboard are the
+log, RUN/samples what was drawn on the way.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-import jax
 from flax.traverse_util import flatten_dict
 
 from jflow import checkpoints
+from jflow.checkpoint_writer import Writer, remove_unfinished
 from jflow.config import to_dict
+from jflow.training import lora
 from jflow.training.config import TrainConfig
 from jflow.training.optimizer import merge
-from jflow.training.state import TrainState
+from jflow.training.state import TrainState, is_finite
 
 # What may differ between a run and its continuation without changing what is computed.
-FREE_FIELDS = ("steps", "log_every", "save_every", "keep")
+FREE_FIELDS = (
+    "steps",
+    "log_every",
+    "save_every",
+    "keep",
+    "keep_best",
+    "rewind_after",
+    "max_rewinds",
+    "samples",
+    "wandb",
+    "mesh",
+)
+# What averages and frozen parameters are is in the checkpoint's `params`, the rest in its `state`.
+_REST = ("step", "skipped", "skipped_in_row", "data_offset", "params", "opt_state", "guard")
 
 
 def steps(run: Path) -> list[int]:
@@ -31,60 +45,136 @@ def folder(run: Path, step: int) -> Path:
     return run / f"{step:08d}"
 
 
-def save(
-    run: Path, state: TrainState, models: dict, files: dict[str, str], config: TrainConfig
-) -> Path:
-    """Writes the checkpoint of the state's step, then removes all but the last `keep`.
+class Checkpoints:
+    """Those of one run; writes them in the background.
 
     Args:
+      run: the run folder, made where it does not exist.
       models: {"janusflow", "siglip", "vae"} as jflow.convert stores them; files: the tokenizer's.
+
+    Raises OSError in one sentence for a folder that cannot be written.
     """
-    target = folder(run, int(state.step))
-    if not checkpoints.is_checkpoint(target):
-        # What averages and frozen parameters are is in `params`; the rest is in `state`.
-        rest = {
-            name: getattr(state, name)
-            for name in ("step", "skipped", "params", "opt_state", "guard")
-        }
-        params = merge(state.ema, state.frozen)
-        described = models | {"train": to_dict(config)}
-        checkpoints.save_checkpoint(target, params, described, files, rest)
-    for step in steps(run)[config.keep :]:
-        shutil.rmtree(folder(run, step))
-    return target
 
-
-def restore(run: Path, fresh: TrainState, config: TrainConfig) -> TrainState:
-    """The state of the last good checkpoint of a run, or `fresh` where there is none.
-
-    A damaged checkpoint is named and the one before it used. Raises ValueError for checkpoints of
-    another config.
-    """
-    for step in steps(run):
+    def __init__(self, run: Path, models: dict, files: dict[str, str], config: TrainConfig):
+        self._run, self._models, self._files, self._config = run, models, files, config
         try:
-            return _restore(folder(run, step), fresh, config)
-        except checkpoints.DamagedError as error:
-            print(f"{error} Going on from the checkpoint before it.", file=sys.stderr)
-    return fresh
+            run.mkdir(parents=True, exist_ok=True)
+            probe = run / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise OSError(
+                f"The run folder {run} cannot be written ({error.strerror}): make it writable, or "
+                f"choose another with --run."
+            ) from error
+        remove_unfinished(run)
+        self._writer = Writer()
+        self._losses = {step: _loss(folder(run, step)) for step in steps(run)}
+        # Steps whose checkpoint is of this very course of training: not a damaged one, nor one
+        # that a rewind left behind.
+        self._written: set[int] = set()
 
+    def save(self, state: TrainState) -> Path:
+        """Begins to write the checkpoint of the state's step; returns its folder-to-be.
 
-def _restore(path: Path, fresh: TrainState, config: TrainConfig) -> TrainState:
-    ours, _ = checkpoints.read_metadata(path)
-    now, then = to_dict(config), ours["train"]
-    changed = [name for name in now if name not in FREE_FIELDS and now[name] != then.get(name)]
-    if changed:
-        raise ValueError(
-            f"{path} was trained with another {', '.join(changed)}: use another --run folder, or "
-            f"the same config."
+        Once it is written, others are removed but for the last `keep` and the best one. Raises
+        ValueError for a state with a number that is not finite, and OSError for a checkpoint that
+        cannot be written, this one or the one before.
+        """
+        step = int(state.step)
+        target = folder(self._run, step)
+        if step in self._written:
+            return target
+        if not is_finite(state):
+            raise ValueError(
+                f"Parameters or averages are not finite at step {step}, which is not saved: "
+                f"begin from another checkpoint than {self._config.init_from}, or lower the "
+                f"learning rate."
+            )
+        # The guard's level, a mean over the last 100 steps; None before the first one.
+        self._losses[step] = float(state.guard.mean[0]) if state.guard.count else None
+        self._writer.save(
+            target,
+            lora.merge(merge(state.ema, state.frozen), self._config.lora),
+            self._models | {"train": to_dict(self._config), "loss": self._losses[step]},
+            self._files,
+            {name: getattr(state, name) for name in _REST}
+            | {"lora": lora.unmerged(state.ema | state.frozen)},
+            then=self._remove_others,
         )
-    params, _, _ = checkpoints.load_checkpoint(path)
-    averaged = flatten_dict(params, sep="/")
-    rest = {
-        name: getattr(fresh, name) for name in ("step", "skipped", "params", "opt_state", "guard")
-    }
-    rest = checkpoints.load_state(path, jax.eval_shape(lambda: rest))
-    return fresh.replace(
-        ema={name: averaged[name] for name in fresh.ema},
-        frozen={name: averaged[name] for name in fresh.frozen},
-        **rest,
-    )
+        self._written.add(step)
+        return target
+
+    def _remove_others(self) -> None:
+        found = steps(self._run)
+        kept = set(found[: self._config.keep])
+        if self._config.keep_best:
+            kept.add(self.best(found))
+        for step in set(found) - kept:
+            checkpoints.remove_checkpoint(folder(self._run, step))
+
+    def best(self, among: list[int]) -> int:
+        """The step of the lowest smoothed training loss, the later one of equals."""
+
+        def order(step):
+            loss = self._losses.get(step)
+            return loss is None, loss, -step
+
+        return min(among, key=order)
+
+    def check(self) -> None:
+        """Raises OSError if a checkpoint could not be written meanwhile."""
+        self._writer.check()
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._writer.close()
+
+    def restore(self, like: TrainState, before: int = sys.maxsize) -> TrainState | None:
+        """The state of the last good checkpoint up to step `before`; None where there is none.
+
+        A damaged checkpoint is named and the one before it used. Raises ValueError for checkpoints
+        of another config.
+
+        Args: like: a state of the same run, arrays or jax.ShapeDtypeStruct.
+        """
+        self._writer.wait()
+        self._written = set()
+        for step in steps(self._run):
+            if step <= before:
+                try:
+                    found = self._read(folder(self._run, step), like)
+                    self._written.add(step)
+                    return found
+                except checkpoints.DamagedError as error:
+                    print(f"{error} Going on from the checkpoint before it.", file=sys.stderr)
+        return None
+
+    def _read(self, path: Path, like: TrainState) -> TrainState:
+        ours, _ = checkpoints.read_metadata(path)
+        now, then = to_dict(self._config), ours["train"]
+        changed = [name for name in now if name not in FREE_FIELDS and now[name] != then.get(name)]
+        if changed:
+            raise ValueError(
+                f"{path} was trained with another {', '.join(changed)}: use another --run folder, "
+                f"or the same config."
+            )
+        params, _, _ = checkpoints.load_checkpoint(path)
+        averaged = flatten_dict(params, sep="/")
+        rest = {name: getattr(like, name) for name in _REST}
+        rest |= {"lora": lora.unmerged(like.ema | like.frozen)}
+        rest = checkpoints.load_state(path, rest)
+        averaged |= rest.pop("lora")
+        return like.replace(
+            ema={name: averaged[name] for name in like.ema},
+            frozen={name: averaged[name] for name in like.frozen},
+            **rest,
+        )
+
+
+def _loss(path: Path) -> float | None:
+    """The smoothed training loss that a checkpoint was saved with, None for a damaged one."""
+    try:
+        return checkpoints.read_metadata(path)[0]["loss"]
+    except checkpoints.DamagedError:
+        return None

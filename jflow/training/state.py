@@ -29,7 +29,9 @@ class Guard:
 
 @flax.struct.dataclass
 class TrainState:
-    """step: batches seen, int32. skipped: how many of them changed nothing, int32.
+    """step: batches seen, int32. skipped: how many of them changed nothing; skipped_in_row: how
+    many of the last ones, without a break. data_offset: batches that were passed by, so that the
+    next one is number step + data_offset of the data. All int32.
 
     params: flat {path: float32}, the trainable ones; ema: their average, of the same paths.
     frozen: flat {path: array}, all others, shared by both. opt_state: of `params`. guard: what
@@ -38,6 +40,8 @@ class TrainState:
 
     step: jax.Array
     skipped: jax.Array
+    skipped_in_row: jax.Array
+    data_offset: jax.Array
     params: dict
     frozen: dict
     ema: dict
@@ -60,6 +64,8 @@ def init(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+        data_offset=jnp.zeros((), jnp.int32),
         params=masters,
         frozen=frozen,
         # A copy, because a step that gives its state away may not give the same buffer twice.
@@ -72,6 +78,13 @@ def init(
 def parameters(state: TrainState, ema: bool) -> dict:
     """The whole nested tree, with the averaged or the raw trainable parameters."""
     return merge(state.ema if ema else state.params, state.frozen)
+
+
+@jax.jit
+def is_finite(state: TrainState) -> jax.Array:
+    """Is everything that training has changed a number? A bool array []."""
+    changed = jax.tree.leaves((state.params, state.ema, state.opt_state, state.guard))
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in changed]))
 
 
 def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> dict:

@@ -65,26 +65,28 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """One batch, seen; the state before is not used again, so jit may be given its buffers.
 
-    A step whose loss or gradient is not finite or out of line (`state.watch`) changes neither
-    parameters nor moments and is counted in `skipped`.
+    A step whose loss, gradient or update is not finite, or out of line (`state.watch`), changes
+    neither parameters nor moments and is counted in `skipped`.
 
     Returns: the new state, and name -> (sum, count), to be added up over steps and divided:
-      the objective's sums, "loss", "gradient_norm", "gradient_norm/MODULE", "learning_rate" and
-      "skipped". Of a skipped step only "skipped" and "learning_rate" count.
+      the objective's sums, "loss", "gradient_norm", "gradient_norm/MODULE", "learning_rate",
+      "skipped" and "skipped_in_row". Of a skipped step only the last three count.
     """
     loss, sums, gradient = gradients(state, batch, objective, optimizer.accumulate)
     norm = optax.tree.norm(gradient)
+    updates, opt_state = adamw(optimizer).update(gradient, state.opt_state, state.params)
     fit, guard = watch(state.guard, loss, norm)
+    fit &= jnp.isfinite(optax.tree.norm(updates))
 
     def keep(new, old):
         return jax.tree.map(lambda a, b: jnp.where(fit, a, b), new, old)
 
-    updates, opt_state = adamw(optimizer).update(gradient, state.opt_state, state.params)
     params = keep(optax.apply_updates(state.params, updates), state.params)
     step = state.step + 1
     new = state.replace(
         step=step,
         skipped=state.skipped + ~fit,
+        skipped_in_row=jnp.where(fit, 0, state.skipped_in_row + 1),
         params=params,
         ema=update_ema(state.ema, params, step, ema),
         opt_state=keep(opt_state, state.opt_state),
@@ -99,4 +101,6 @@ def train_step(
     return new, metrics | {
         "learning_rate": (rate, one),
         "skipped": ((~fit).astype(jnp.float32), one),
+        # Not the state's own array, whose buffer the next step is given.
+        "skipped_in_row": (new.skipped_in_row.astype(jnp.float32), one),
     }

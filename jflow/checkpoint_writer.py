@@ -1,0 +1,98 @@
+"""Checkpoints written in the background, while training goes on."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jflow import checkpoints
+
+
+class Writer:
+    """Writes checkpoints in the background, one at a time, while their arrays may be given away.
+
+    A save that ends in the middle, by an error or a kill, leaves a folder without checksums at
+    most. An error is raised by the next call of any method, as OSError in one sentence.
+    """
+
+    def __init__(self):
+        self._checkpointer = ocp.AsyncCheckpointer(checkpoints.handler())
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._job: Future | None = None
+
+    def save(
+        self,
+        path: str | Path,
+        params: dict,
+        config: dict,
+        files: dict[str, str],
+        state: Any = None,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Returns when the arrays are copied to the host; if need be, waits for the save before.
+
+        Args: as of `checkpoints.save_checkpoint`, but what is at `path` is replaced; then: called
+          in the background once the checkpoint is complete.
+        """
+        self.wait()
+        folder = Path(path).resolve()
+        with _reported_as_unwritten(folder):
+            self._checkpointer.save(
+                folder, checkpoints.items(params, config, files, state), force=True
+            )
+        self._job = self._thread.submit(self._complete, folder, then)
+
+    def _complete(self, folder: Path, then: Callable[[], None]) -> None:
+        with _reported_as_unwritten(folder):
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                checkpoints.write_checksums(folder)
+        if jax.process_index() == 0:
+            then()
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed meanwhile; waits for nothing."""
+        if self._job is not None and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when everything is written."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """`wait`, then no more saves."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            self._checkpointer.close()
+
+
+@contextmanager
+def _reported_as_unwritten(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Orbax and TensorStore raise many types for a full disk or a lost right.
+        remove_unfinished(folder.parent)
+        reason = checkpoints.first_cause(error)
+        raise OSError(
+            f"The checkpoint {folder} cannot be written ({reason}); those before it are whole: "
+            f"make room, or make the folder writable, and give the same command again."
+        ) from error
+
+
+def remove_unfinished(run: Path) -> None:
+    """Removes what saves that ended in the middle have left in a run folder."""
+    for folder in run.glob("[0-9]*"):
+        step, mark, _ = folder.name.partition(".orbax-checkpoint-tmp")
+        ours = step.isdigit() and (mark or (folder / "_CHECKPOINT_METADATA").is_file())
+        if ours and not checkpoints.is_checkpoint(folder):
+            shutil.rmtree(folder, ignore_errors=True)

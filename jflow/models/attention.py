@@ -1,0 +1,265 @@
+"""Attention behind one function, computed by what the hardware has for it.
+
+xla     any backend: the scores of all queries at once, or of one block of queries after another
+        where there are many, so that [B, H, T, T] never exists. Reads a cache in place.
+splash  TPU: the Pallas kernel that comes with JAX; scores and masks stay on the chip. Trains and
+        reads prompts, has no cache. On another platform it runs in Pallas' interpreter, for tests.
+cudnn   GPU: cuDNN's flash attention, 16-bit numbers only. Segments reach it as a mask over one
+        block of queries at a time, made again in the backward pass.
+
+Axes: B batch, T new tokens, S tokens seen, H query heads, K key/value heads, D head width.
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
+from jax.sharding import PartitionSpec
+
+from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision
+from jflow.sharding import spec
+
+Implementation = Literal["auto", "xla", "splash", "cudnn"]
+
+# Queries behind each other in one block, and how many may be computed at once without blocks.
+BLOCK, DENSE = 512, 1024
+# A segment that no token has: of padding.
+NOBODY = -1
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    precision: Precision,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """softmax(q k' / sqrt(D)) v over the cached tokens and the new ones together.
+
+    Args:
+      q: [B, T, H, D]; k, v: [B, S, K, D] with H a multiple of K (grouped queries).
+      segment_ids: [B, T] with T = S: a token sees the earlier ones of its own segment and itself.
+        None: every query sees every key.
+      cache: one layer's, for tokens with segment_ids; they also see the cached tokens of their
+        segment.
+      implementation: see the module; "auto" is by platform and shape, and what the chosen one
+        cannot compute falls to xla.
+
+    Returns: [B, T, H, D]. Raises ValueError for heads that do not divide.
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if heads % kv_heads:
+        raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads.")
+    chosen = choose(q, k, segment_ids, cache, implementation)
+    if chosen == "splash":
+        return _splash(q, k, v, segment_ids)
+    if chosen == "cudnn":
+        return _cudnn(q, k, v, segment_ids, cache)
+    if segment_ids is None:
+        return _xla(q, k, v, None, precision)
+    if cache is not None:
+        return _xla(q, k, v, causal_mask(segment_ids), precision, cache, seen(segment_ids, cache))
+    if q.shape[1] <= DENSE:
+        return _xla(q, k, v, causal_mask(segment_ids), precision)
+    return _xla_in_blocks(q, k, v, segment_ids, precision)
+
+
+def choose(
+    q: jax.Array,
+    k: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: KVCache | None,
+    implementation: Implementation,
+) -> Literal["xla", "splash", "cudnn"]:
+    """What computes these shapes; see `attention`."""
+    queries, width = q.shape[1], q.shape[3]
+    if implementation == "auto":
+        implementation = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform(), "xla")
+        # Below this a kernel's blocks are mostly padding, and its heads less than half a lane.
+        if implementation == "splash" and (queries < 128 or width % 64):
+            return "xla"
+    if implementation == "splash" and segment_ids is not None and cache is None:
+        return "splash"
+    # cuDNN: 16 bits, D a multiple of 8 up to 256; its backward pass wants even T and S.
+    sixteen = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 256
+    even = segment_ids is not None or (queries % 2 == 0 and k.shape[1] % 2 == 0)
+    if implementation == "cudnn" and queries > 1 and sixteen and even:
+        return "cudnn"
+    return "xla"
+
+
+def platform() -> str:
+    """Where the program at hand will run: on the mesh in use, which may be of other machines."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def causal_mask(segment_ids: jax.Array) -> jax.Array:
+    """[B, T] segment ids -> [B, T, T]: may query t see key s? Same segment and s <= t.
+
+    >>> causal_mask(jnp.array([[1, 1, 2]]))[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    """
+    length = segment_ids.shape[1]
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return same & jnp.tril(jnp.ones((length, length), bool))
+
+
+def seen(segment_ids: jax.Array, cache: KVCache) -> jax.Array:
+    """[B, T] segment ids -> [B, T, S]: which cached tokens do the new ones see?"""
+    return segment_ids[:, :, None] == cache.segment_ids[:, None, :]
+
+
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array | None,
+    precision: Precision,
+    cache: KVCache | None = None,
+    cache_mask: jax.Array | None = None,
+) -> jax.Array:
+    """Attention under a mask [B, T, S] over the new tokens and [B, T, S'] over the cached ones.
+
+    The cache is read in place: scores are joined, keys and values are not, so no step copies it.
+    """
+    kv_heads, width = k.shape[2], q.shape[3]
+    q = rearrange(q, "B T (K G) D -> B K G T D", K=kv_heads)
+    score_type = precision.softmax
+
+    def scores(keys, axes, allowed):
+        s = jnp.einsum(f"BKGTD,{axes}->BKGTS", q, keys, preferred_element_type=score_type)
+        s = s * jnp.asarray(width**-0.5, score_type)
+        if allowed is None:
+            return s
+        return jnp.where(allowed[:, None, None], s, jnp.finfo(score_type).min)
+
+    def weigh(weights, values, axes):
+        return jnp.einsum(f"BKGTS,{axes}->BKGTD", weights.astype(values.dtype), values)
+
+    s = scores(k, "BSKD", mask)
+    if cache is None:
+        out = weigh(jax.nn.softmax(s, axis=-1), v, "BSKD")
+    else:
+        past = cache.k.shape[-1]
+        s = jnp.concatenate([scores(cache.k, "BKDS", cache_mask), s], axis=-1)
+        weights = jax.nn.softmax(s, axis=-1)
+        out = weigh(weights[..., :past], cache.v, "BKSD") + weigh(weights[..., past:], v, "BSKD")
+    return rearrange(out, "B K G T D -> B T (K G) D")
+
+
+def _keep_flash(primitive, *_, **__) -> bool:
+    """A policy of jax.checkpoint: cuDNN's results are kept, everything else is made again."""
+    return "dot_product_attention_fwd" in primitive.name
+
+
+def _rows_of_mask(query_ids: jax.Array, key_ids: jax.Array, start: jax.Array) -> jax.Array:
+    """[B, t] and [B, T] segment ids -> the rows of `causal_mask` from `start` on, [B, t, T]."""
+    earlier = jnp.arange(key_ids.shape[1]) <= start + jnp.arange(query_ids.shape[1])[:, None]
+    return (query_ids[:, :, None] == key_ids[:, None, :]) & earlier
+
+
+def _xla_in_blocks(q, k, v, segment_ids, precision) -> jax.Array:
+    """One block of queries after another over all keys; no more than [B, H, BLOCK, T] scores exist.
+
+    A loop, because a compiler may well compute parts that do not depend on each other at once.
+    """
+    length = q.shape[1]
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, BLOCK)
+
+    @jax.checkpoint
+    def block(_, part):
+        queries, ids, start = part
+        mask = _rows_of_mask(ids, segment_ids, start)
+        return None, _xla(queries, k, v, mask, precision)
+
+    parts = (
+        rearrange(q, "B (n t) H D -> n B t H D", t=BLOCK),
+        rearrange(segment_ids, "B (n t) -> n B t", t=BLOCK),
+        jnp.arange(0, q.shape[1], BLOCK),
+    )
+    _, out = jax.lax.scan(block, None, parts)
+    return rearrange(out, "n B t H D -> B (n t) H D")[:, :length]
+
+
+def _cudnn(q, k, v, segment_ids, cache) -> jax.Array:
+    """cuDNN's flash attention; JAX splits it over a mesh by itself.
+
+    New tokens alone are computed in blocks of queries, each over the keys up to its end, so that
+    half of the products fall away and no whole mask exists.
+    """
+
+    def attend(q, k, v, mask=None):
+        mask = None if mask is None else mask[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
+
+    if segment_ids is None:
+        return attend(q, k, v)
+    if cache is None:
+        length = q.shape[1]
+        q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
+
+        @partial(jax.checkpoint, policy=_keep_flash)
+        def block(q, k, v, query_ids, key_ids):
+            return attend(q, k, v, _rows_of_mask(query_ids, key_ids, k.shape[1] - q.shape[1]))
+
+        out = []
+        for start in range(0, q.shape[1], BLOCK):
+            now, past = slice(start, start + BLOCK), slice(start + BLOCK)
+            ids = segment_ids[:, now], segment_ids[:, past]
+            out.append(block(q[:, now], k[:, past], v[:, past], *ids))
+        return jnp.concatenate(out, axis=1)[:, :length]
+    k = jnp.concatenate([rearrange(cache.k, "B K D S -> B S K D"), k], axis=1)
+    v = jnp.concatenate([rearrange(cache.v, "B K S D -> B S K D"), v], axis=1)
+    mask = jnp.concatenate([seen(segment_ids, cache), causal_mask(segment_ids)], axis=2)
+    return attend(q, k, v, mask)
+
+
+def _padded(q, k, v, segment_ids, multiple: int) -> tuple:
+    """All four, their tokens padded to a multiple; the padding is a segment of its own."""
+    missing = -q.shape[1] % multiple
+    q, k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v))
+    return q, k, v, jnp.pad(segment_ids, ((0, 0), (0, missing)), constant_values=NOBODY)
+
+
+def _splash(q, k, v, segment_ids) -> jax.Array:
+    """Splash attention on each device's own rows and heads."""
+    mesh, here = jax.sharding.get_abstract_mesh(), platform()
+    length = q.shape[1]
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, 128)
+    block = max(b for b in range(128, BLOCK + 1, 128) if q.shape[1] % b == 0)
+    names = (
+        "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+        "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+    )  # fmt: skip
+
+    def attend(q, k, v, segment_ids):
+        one = splash_attention_mask.CausalMask((q.shape[1], q.shape[1]))
+        kernel = splash.make_splash_mha(
+            splash_attention_mask.MultiHeadMask([one] * q.shape[2]),
+            block_sizes=splash.BlockSizes(**dict.fromkeys(names, block)),
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=FLASH_RESIDUALS,
+            interpret=here != "tpu",
+        )
+        # The kernel does not scale the scores, and has heads before tokens.
+        q = (q * q.shape[3] ** -0.5).astype(q.dtype)
+        q, k, v = (rearrange(a, "B T H D -> B H T D") for a in (q, k, v))
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment_ids, segment_ids))
+        return rearrange(out, "B H T D -> B T H D")
+
+    if not mesh.empty:
+        # All heads are split or none: each device needs the keys of its own queries.
+        heads = spec(k.shape, ("batch", None, "heads", None), mesh)
+        rows = PartitionSpec(heads[0])
+        attend = jax.shard_map(
+            attend, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+        )
+    return attend(q, k, v, segment_ids)[:, :length]

@@ -1,0 +1,92 @@
+"""What the model draws and answers while it is trained: RUN/samples/STEP.png and STEP.txt."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from jflow import images
+from jflow.images import ImageProcessor
+from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
+from jflow.prompts import Message, Tokenizer, user_question
+from jflow.training.config import SamplesConfig
+from jflow.training.lora import merge
+from jflow.training.objectives import Modules
+from jflow.training.state import TrainState, parameters
+
+
+class Sampler:
+    """Draws and asks with the parameters of a state, raw and averaged.
+
+    Raises FileNotFoundError or ValueError in one sentence where there is nothing to draw or ask,
+    and for images that cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: SamplesConfig,
+        modules: Modules,
+        tokenizer: Tokenizer,
+        processor: ImageProcessor,
+    ):
+        if config.every and not (config.prompts or config.questions):
+            raise ValueError("samples.every asks for samples: give samples.prompts or .questions.")
+        self._config, self._lora = config, modules.lora
+        self._parts = dict(
+            # Nothing is differentiated here.
+            model=modules.model.clone(remat="none"),
+            vae=modules.vae,
+            tokenizer=tokenizer,
+            processor=processor,
+        )
+        self._questions = [
+            Question(
+                (Message("User", user_question(text, 1)), Message("Assistant", "")),
+                (images.load_image(file),),
+            )
+            for file, text in config.questions
+        ]
+
+    def draw(self, state: TrainState) -> np.ndarray | None:
+        """uint8 [H, W, 3], a column for each prompt: the raw parameters above their average."""
+        config = self._config
+        if not config.prompts:
+            return None
+        options = ImageOptions(config.steps, config.guidance_scale, config.seed)
+        rows = []
+        for ema in (False, True):
+            for batch in self._pipeline(state, ema).generate(config.prompts, 1, options):
+                rows += list(batch)
+        return images.make_grid(rows, columns=len(config.prompts))
+
+    def answer(self, state: TrainState) -> list[tuple[str, str]]:
+        """(raw, averaged) answers to each of the questions."""
+        if not self._questions:
+            return []
+        options = AnswerOptions(self._config.max_new_tokens)
+        found = []
+        for ema in (False, True):
+            *_, answers = self._pipeline(state, ema).answer(self._questions, options)
+            found.append(answers)
+        return list(zip(*found, strict=True))
+
+    def write(self, run: Path, step: int, state: TrainState) -> tuple[np.ndarray | None, str]:
+        """Writes RUN/samples/STEP.png and .txt; returns the picture and the text."""
+        config, path = self._config, run / "samples" / f"{step:08d}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture, text = self.draw(state), ""
+        if picture is not None:
+            prompts = "\n".join(config.prompts)
+            text += f"{path.name}.png: raw parameters above, EMA below; the prompts:\n{prompts}\n"
+            about = {"prompts": prompts, "step": str(step), "seed": str(config.seed)}
+            images.save_png(picture, path.with_suffix(".png"), about)
+        answers = self.answer(state)
+        for (file, question), (raw, averaged) in zip(config.questions, answers, strict=True):
+            text += f"\n{file}: {question}\n  raw: {raw}\n  EMA: {averaged}\n"
+        partial = path.with_name(f".{path.name}.txt.tmp")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path.with_suffix(".txt"))
+        return picture, text
+
+    def _pipeline(self, state: TrainState, ema: bool) -> Pipeline:
+        return Pipeline(params=merge(parameters(state, ema), self._lora), **self._parts)

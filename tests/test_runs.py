@@ -1,0 +1,162 @@
+"""The checkpoints of a run: which are kept, which one a run goes back to."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jflow import checkpoints
+from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
+from jflow.training import runs
+from jflow.training import state as states
+from jflow.training.config import TrainConfig
+from jflow.training.state import Guard
+
+CONFIG = TrainConfig(
+    name="test",
+    init_from="nowhere",
+    steps=100,
+    trainable=("janusflow/a",),
+    data=DataConfig(
+        sources=(SourceConfig("text", "jsonl", "text.jsonl"),),
+        mixture=(MixtureConfig(0, understanding=0, generation=0, text=1),),
+    ),
+    keep=2,
+)
+FILES = {"tokenizer.json": "{}"}
+
+
+def state(step: int, loss: float = 1.0) -> states.TrainState:
+    params = {"janusflow": {"a": jnp.full(4, float(step)), "frozen": jnp.ones(2, jnp.bfloat16)}}
+    fresh = states.init(params, CONFIG.trainable, optax.adam(1e-3))
+    return fresh.replace(
+        step=jnp.int32(step),
+        data_offset=jnp.int32(3),
+        guard=Guard(jnp.int32(step), jnp.array([loss, 0.0]), jnp.zeros(2)),
+    )
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the run folder, as often as it is asked to, with some fields changed."""
+    made = []
+
+    def open_run(**changes):
+        config = dataclasses.replace(CONFIG, **changes)
+        made.append(runs.Checkpoints(tmp_path / "run", {"janusflow": {}}, FILES, config))
+        return made[-1]
+
+    yield open_run
+    for one in made:
+        one.close()
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_state_comes_back_whole(opened):
+    saved = opened()
+    path = saved.save(state(7))
+    equal(saved.restore(jax.eval_shape(lambda: state(0))), state(7))
+    got = opened().restore(state(0))
+    equal(got, state(7))
+    assert got.frozen["janusflow/frozen"].dtype == jnp.bfloat16
+    assert path.name == "00000007" and checkpoints.read_metadata(path)[1] == FILES
+
+
+@pytest.mark.parametrize("keep_best, kept", [(True, [5, 4, 2]), (False, [5, 4])])
+def test_the_last_ones_and_the_best_are_kept(opened, tmp_path, keep_best, kept):
+    """Also by a run that was started anew, which reads the losses of what it finds."""
+    losses = {1: 3.0, 2: 0.5, 3: 2.0, 4: 0.9, 5: 1.5}
+    for step, loss in losses.items():
+        saved = opened(keep_best=keep_best)
+        saved.save(state(step, loss))
+        saved.close()
+        assert runs.steps(tmp_path / "run")[0] == step  # The newest is never the one to go.
+    assert runs.steps(tmp_path / "run") == kept
+
+
+def test_a_step_before_the_first_good_one_is_never_the_best(opened, tmp_path):
+    """No loss was seen yet: its level is 0, not low."""
+    saved = opened(keep=1)
+    unseen = state(0).replace(guard=Guard(jnp.int32(0), jnp.zeros(2), jnp.zeros(2)))
+    for one in (unseen, state(1, 5.0), state(2, 7.0)):
+        saved.save(one)
+    saved.close()
+    assert runs.steps(tmp_path / "run") == [2, 1]
+
+
+def test_going_back_is_to_a_checkpoint_up_to_a_step(opened):
+    saved = opened(keep=5)
+    for step in (2, 4, 6):
+        saved.save(state(step))
+    equal(saved.restore(state(0), 5), state(4))
+    equal(saved.restore(state(0), 4), state(4))
+    assert saved.restore(state(0), 1) is None
+
+
+def test_what_a_rewind_left_behind_is_written_anew(opened):
+    """The second course of training comes by the same steps with other numbers."""
+    saved = opened(keep=5)
+    for step in (2, 4):
+        saved.save(state(step, 1.0))
+    saved.restore(state(0), 2)
+    saved.save(state(2, 9.0))  # This one is the very state that was restored.
+    saved.save(state(4, 8.0))
+    saved.close()
+    again = opened()
+    assert again.restore(state(0), 2).guard.mean[0] == 1
+    assert again.restore(state(0), 4).guard.mean[0] == 8
+
+
+def test_a_damaged_one_is_named_passed_and_written_anew(opened, tmp_path, capsys):
+    saved = opened()
+    for step in (2, 4):
+        saved.save(state(step))
+    saved.close()
+    for victim in ("config/metadata", "params/manifest.ocdbt"):
+        (tmp_path / "run" / "00000004" / victim).write_bytes(b"")
+        saved = opened()
+        equal(saved.restore(state(0)), state(2))
+        assert "00000004 is damaged or incomplete" in capsys.readouterr().err
+    saved.save(state(4))
+    equal(saved.restore(state(0)), state(4))
+
+
+@pytest.mark.parametrize("part", ["params", "ema", "opt_state"])
+def test_a_state_that_is_not_finite_is_never_saved(opened, tmp_path, part):
+    saved = opened()
+    saved.save(state(2))
+    poisoned = jax.tree.map(
+        lambda leaf: leaf.at[..., -1:].set(jnp.nan) if leaf.ndim else leaf,
+        getattr(state(3), part),
+    )
+    with pytest.raises(ValueError, match="not finite at step 3, which is not saved"):
+        saved.save(state(3).replace(**{part: poisoned}))
+    saved.close()
+    assert runs.steps(tmp_path / "run") == [2]
+
+
+def test_another_config_is_refused_but_for_what_does_not_matter(opened):
+    opened().save(state(2))
+    for free in ({"steps": 200}, {"save_every": 3, "keep": 9}, {"wandb": "x", "rewind_after": 2}):
+        equal(opened(**free).restore(state(0)), state(2))
+    with pytest.raises(
+        ValueError, match="trained with another repa_hidden_size, seed: use another"
+    ):
+        opened(seed=1, repa_hidden_size=3).restore(state(0))
+
+
+def test_half_written_ones_are_swept_away(opened, tmp_path):
+    saved = opened()
+    saved.save(state(2))
+    saved.save(state(4))
+    saved.close()
+    (tmp_path / "run" / "00000004" / checkpoints.CHECKSUMS).unlink()
+    saved = opened()
+    assert not (tmp_path / "run" / "00000004").exists()
+    equal(saved.restore(state(0)), state(2))
