@@ -25,7 +25,7 @@ class BenchmarkConfig:
     prompts: int = 600
     pictures: int = 200
     steps: int = 20
-    guidance_scale: float = 1.5
+    guidance_scale: float = 3.0
     batch_size: int = 64
     seed: int = 1
 
