@@ -80,7 +80,7 @@ def test_a_bad_stretch_is_passed_by(command, bad, tmp_path, capsys):
     bad(4, 5, 6)
     run = tmp_path / "run"
     assert train.main([*command, "--run", str(run)]) == 0
-    assert "steps 5 to 7 were skipped: back to step 4" in capsys.readouterr().err
+    assert "steps 5 to 7 were skipped: back to step 4" in capsys.readouterr().out
     lines = log(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["data_offset"] for line in lines] == [0] * 4 + [4] * 4
@@ -122,7 +122,7 @@ def test_single_bad_batches_are_only_skipped(command, bad, tmp_path, capsys):
     bad(2, 3, 5)
     run = tmp_path / "run"
     assert train.main([*command, "--run", str(run)]) == 0
-    assert "back to step" not in capsys.readouterr().err
+    assert "back to step" not in capsys.readouterr().out
     assert [line["skipped"] for line in log(run)] == [0, 0, 1, 1, 0, 1, 0, 0]
     assert log(run)[-1]["data_offset"] == 0
     # Nothing was changed at step 4: there is no checkpoint of it.
@@ -133,9 +133,9 @@ def test_it_gives_up_where_no_data_helps(command, bad, tmp_path, capsys):
     bad(*range(4, 99))
     run = tmp_path / "run"
     assert train.main([*command, "max_rewinds=2", "--run", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert said.count("back to step 4") == 2
-    last = said.strip().splitlines()[-1]
+    said = capsys.readouterr()
+    assert said.out.count("back to step 4") == 2
+    last = said.err.strip().splitlines()[-1]
     assert last.startswith(
         "train.py: Steps 5 to 7 were skipped, though 2 rewinds passed other data"
     )

@@ -142,7 +142,9 @@ def test_a_state_that_is_not_finite_is_never_saved(opened, tmp_path, part):
 
 
 def test_another_config_is_refused_but_for_what_does_not_matter(opened):
-    opened().save(state(2))
+    saved = opened()
+    saved.save(state(2))
+    saved.close()
     for free in ({"steps": 200}, {"save_every": 3, "keep": 9}, {"wandb": "x", "rewind_after": 2}):
         equal(opened(**free).restore(state(0)), state(2))
     with pytest.raises(
