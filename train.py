@@ -130,7 +130,8 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
     skipped_in_row, rewinds, last = int(now.skipped_in_row), 0, step >= config.steps
     with jax.set_mesh(mesh), closing(saved), closing(log), bar:
         if config.samples.every and step == 0:
-            log.write_samples(step, *sampler.write(folder, step, now))
+            with meter.waiting("samples"):
+                log.write_samples(step, *sampler.write(folder, step, now))
         while not last:
             trace.before(step)
             with meter.waiting("data"):

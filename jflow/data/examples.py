@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from jflow import prompts
 from jflow.images import ImageProcessor, decode, from_uint8, to_rgb
@@ -194,8 +194,10 @@ def open_image(data: bytes | np.ndarray) -> Image.Image:
         raise ValueError("its image is empty")
     try:
         return decode(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # Its text is the address of a buffer.
+        raise ValueError("its image cannot be read (no known format)") from error
     except Exception as error:  # Decoders raise whatever they like at damaged data.
-        raise ValueError(f"its image cannot be read ({type(error).__name__})") from error
+        raise ValueError(f"its image cannot be read ({error})") from error
 
 
 def _messages(record: dict[str, Any], rng: np.random.Generator) -> list[Message]:
