@@ -115,21 +115,28 @@ class Linear(nn.Module):
         return y
 
 
-def rotary_embedding(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotates the two halves of each head by position (Hugging Face's half-split RoPE).
+def rotary_angles(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, T, 1, width / 2] of the angles by which `rotary_embedding` rotates.
 
     Args:
-      x: [B, T, H, D] queries or keys, D even.
       positions: [B, T] integers.
+      width: of a head, even.
       theta: base of the geometric series of wavelengths.
 
     Angles are float32: bfloat16 cannot even hold the integer 257.
     """
-    half = x.shape[-1] // 2
+    half = width // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotary_embedding(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head by position (Hugging Face's half-split RoPE).
+
+    x: [B, T, H, D] queries or keys; cos, sin: see `rotary_angles`.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 

@@ -19,6 +19,7 @@ from jflow.models.layers import (
     Remat,
     RMSNorm,
     remat,
+    rotary_angles,
     rotary_embedding,
 )
 from jflow.sharding import constrain, look_up
@@ -86,17 +87,15 @@ class Attention(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, cache):
+    def __call__(self, x, angles, segment_ids, cache):
         config, D = self.config, self.config.head_width
 
         def project(heads, name):
             y = Linear(heads * D, self.precision, use_bias=False, name=name)(x)
             return rearrange(y, "B T (H D) -> B T H D", D=D)
 
-        q = rotary_embedding(
-            project(config.num_attention_heads, "q_proj"), positions, config.rope_theta
-        )
-        k = rotary_embedding(project(config.kv_heads, "k_proj"), positions, config.rope_theta)
+        q = rotary_embedding(project(config.num_attention_heads, "q_proj"), *angles)
+        k = rotary_embedding(project(config.kv_heads, "k_proj"), *angles)
         v = project(config.kv_heads, "v_proj")
         out = attention(q, k, v, self.precision, segment_ids, cache, self.attention)
         out = rearrange(out, "B T H D -> B T (H D)")
@@ -125,11 +124,11 @@ class Block(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, x, positions, segment_ids, cache):
+    def __call__(self, x, angles, segment_ids, cache):
         eps = self.config.rms_norm_eps
         y = RMSNorm(eps, self.precision, name="input_layernorm")(x)
         y, k, v = Attention(self.config, self.precision, self.attention, name="self_attn")(
-            y, positions, segment_ids, cache
+            y, angles, segment_ids, cache
         )
         x = x + y
         y = RMSNorm(eps, self.precision, name="post_attention_layernorm")(x)
@@ -150,13 +149,13 @@ class TappedBlock(nn.Module):
     attention: Implementation
 
     @nn.compact
-    def __call__(self, carry, layer, cache, cached_ids, positions, segment_ids, tap_layer):
+    def __call__(self, carry, layer, cache, cached_ids, angles, segment_ids, tap_layer):
         x, tap = carry
         if cache is not None:
             cache = cache.replace(segment_ids=cached_ids)
         block = remat(Block, self.remat)
         x, k, v = block(self.config, self.precision, self.attention, name="block")(
-            x, positions, segment_ids, cache
+            x, angles, segment_ids, cache
         )
         if tap_layer is not None:
             tap = jnp.where(layer + 1 == tap_layer, x, tap)
@@ -237,7 +236,9 @@ class Llama(nn.Module):
             cache = cache.replace(segment_ids=jnp.zeros((layers, 0)))
         x = constrain(x.astype(self.precision.compute), "batch", None, None)
         carry = (x, jnp.zeros_like(x) if tap_layer is not None else jnp.zeros((), x.dtype))
-        shared = (cached_ids, positions, segment_ids, tap_layer)
+        # Once for all layers and heads: a compiler would compute them again in each.
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        shared = (cached_ids, angles, segment_ids, tap_layer)
         if self.scan_layers:
             carry, (k, v) = self.layers(carry, jnp.arange(layers), cache, *shared)
         else:
