@@ -7,6 +7,7 @@ python sample.py --ckpt DIR --image photo.jpg --question "What is in this pictur
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +21,10 @@ from tqdm import tqdm
 from jflow import images
 from jflow.compilation import CompileStats, enable_cache
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
+from jflow.plan import sampling
 from jflow.prompts import Message, user_question
 from jflow.samplers import SOLVERS
+from jflow.sharding import MeshConfig, make_mesh
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -33,6 +36,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, float32 on a CPU")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8)
+    add(
+        "--mesh",
+        metavar="AXIS=SIZE,...",
+        default="",
+        help="how all devices share the work: data and fsdp split the batch, fsdp and tensor the "
+        "parameters, as in data=2,tensor=4; data takes the rest (default: all)",
+    )
+
+    add(
+        "--plan",
+        metavar="TOPOLOGY",
+        help="draw nothing, but say what a batch of images needs on these machines (v5e-4, 1xH100, "
+        "...); --ckpt need not exist",
+    )
 
     draw = parser.add_argument_group("images")
     add = draw.add_argument
@@ -75,9 +92,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     drawing = bool(args.prompt or args.prompts)
     asking = bool(args.question or args.questions)
-    if drawing == asking:
+    if drawing == asking and not args.plan:
         parser.error("give --prompt/--prompts to draw, or --question/--questions to ask.")
     return args
+
+
+def mesh_config(text: str) -> MeshConfig:
+    """What --mesh describes; raises ValueError in one sentence for what is no mesh."""
+    sizes = {"data": -1, "fsdp": 1, "tensor": 1}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if name not in sizes or not re.fullmatch(r"\d+", size):
+            raise ValueError(
+                f"--mesh gives data, fsdp and tensor their sizes, as in data=2,tensor=4; it "
+                f"cannot be {text!r}."
+            )
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+def mesh_of(text: str) -> jax.sharding.Mesh | None:
+    """The mesh that --mesh describes, over all devices; None where there is but one.
+
+    Raises ValueError in one sentence for what is no mesh of them.
+    """
+    mesh = make_mesh(mesh_config(text))
+    return None if mesh.size == 1 else mesh
 
 
 def read_lines(path: str) -> list[str]:
@@ -89,10 +129,8 @@ def read_lines(path: str) -> list[str]:
     return lines
 
 
-def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
-    """Writes one PNG an image and their grid, one row a prompt; returns how many images."""
-    texts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
-    options = ImageOptions(
+def image_options(args: argparse.Namespace) -> ImageOptions:
+    return ImageOptions(
         steps=args.steps,
         guidance_scale=args.guidance,
         seed=args.seed,
@@ -102,6 +140,12 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
         official_rounding=args.official_rounding,
         strength=args.strength if args.init_image else 1.0,
     )
+
+
+def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
+    """Writes one PNG an image and their grid, one row a prompt; returns how many images."""
+    texts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
+    options = image_options(args)
     init_image = images.load_image(args.init_image) if args.init_image else None
     settings = {name: str(value) for name, value in vars(options).items()}
     settings |= {"ckpt": args.ckpt, "software": "jflow"}
@@ -111,7 +155,7 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
     out, drawn = Path(args.out), []
     batches = pipeline.generate(texts, args.num, options, args.batch_size, init_image)
     total = len(texts) * args.num
-    count = -(-total // max(1, min(args.batch_size, total)))
+    count = -(-total // max(1, pipeline.rows(min(args.batch_size, total))))
     for batch in tqdm(batches, total=count, desc="drawing", unit="batch"):
         for image in batch:
             prompt, index = divmod(len(drawn), args.num)
@@ -190,7 +234,8 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     began = time.perf_counter()
     work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
-    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=work is draw)
+    mesh = mesh_of(args.mesh)
+    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=work is draw, mesh=mesh)
     loaded, before = time.perf_counter(), replace(stats)
     count = work(args, pipeline)
     compiling = stats.seconds - before.seconds
@@ -206,6 +251,11 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        if args.plan:
+            dtype, mesh = jnp.dtype(args.dtype or "bfloat16"), mesh_config(args.mesh)
+            options = image_options(args)
+            fits = sampling.tell(args.ckpt, args.plan, mesh, options, args.batch_size, dtype)
+            return 0 if fits else 1
         run(args, enable_cache())
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)

@@ -4,17 +4,21 @@ python train.py --config configs/pretrain.py [--run runs/NAME] [field=value ...]
 """
 
 import argparse
-import signal
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from jflow import checkpoints
+from jflow import checkpoints, distributed, sharding
+from jflow.batch import Batch
 from jflow.compilation import enable_cache
 from jflow.config import load, to_dict
 from jflow.data.cache import ImageCache
@@ -23,29 +27,31 @@ from jflow.data.pipeline import checkpoint_loader
 from jflow.images import ImageProcessor
 from jflow.inference.pipeline import check_parts
 from jflow.models import repa
+from jflow.models.attention import Implementation
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.plan import report
 from jflow.prompts import Tokenizer
-from jflow.sharding import make_mesh, place_batch, row_multiple, shardings
+from jflow.sharding import abstract, check_heads, make_mesh, place_batch, shardings
 from jflow.training import flops, lora, runs, state
 from jflow.training.config import TrainConfig
 from jflow.training.metrics import Meter
-from jflow.training.monitor import Log, Trace
-from jflow.training.objectives import Modules, janusflow
+from jflow.training.monitor import Log, NoLog, Trace
+from jflow.training.objectives import Modules, Sums, janusflow
 from jflow.training.optimizer import adamw
 from jflow.training.samples import Sampler
 from jflow.training.step import train_step
 
 
-def build(models: dict, config: TrainConfig) -> Modules:
+def build(models: dict, config: TrainConfig, attention: Implementation = "auto") -> Modules:
     """The networks that a checkpoint's config describes, in the run's precision."""
     dtype = jnp.dtype(config.dtype)
     precision = Precision(compute=dtype)
     model = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip"))
     vae = models.get("vae")
     return Modules(
-        model=JanusFlow(model, precision, remat=config.remat),
+        model=JanusFlow(model, precision, remat=config.remat, attention=attention),
         vae=AutoencoderKL(VAEConfig.from_hf(vae), dtype=dtype) if vae else None,
         repa=repa.RepaHead(model.siglip.width, config.repa_hidden_size, precision),
         lora=config.lora,
@@ -62,8 +68,64 @@ def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.Tr
     return state.init(params, config.trainable, adamw(config.optimizer))
 
 
+def first_params(config: TrainConfig, mesh: Mesh) -> dict:
+    """The parameters that the stage begins from; each device reads its own part alone."""
+    places = partial(shardings, mesh=mesh)
+    return checkpoints.load_checkpoint(config.init_from, sharding=places)[0]
+
+
+def begin(
+    modules: Modules, config: TrainConfig, like: state.TrainState, mesh: Mesh
+) -> state.TrainState:
+    """`first_state` from the checkpoint on disk; each device makes its own part alone.
+
+    Args: like: the abstract state, which knows where it lies.
+    """
+    make = jax.jit(
+        partial(first_state, modules=modules, config=config),
+        donate_argnums=0,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, like),
+    )
+    with warnings.catch_warnings():
+        # What is trained becomes float32: stored in bfloat16, it needs other buffers.
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return make(first_params(config, mesh))
+
+
+def make_step(
+    modules: Modules, config: TrainConfig, like: state.TrainState, mesh: Mesh
+) -> Callable[[state.TrainState, Batch], tuple[state.TrainState, Sums]]:
+    """`train_step` as a program of the mesh, which is given the state's buffers; sums everywhere.
+
+    Args: like: a state, arrays or jax.ShapeDtypeStruct.
+    """
+    objective = partial(janusflow, seed=config.seed, modules=modules, config=config.objective)
+    return jax.jit(
+        partial(train_step, objective=objective, optimizer=config.optimizer, ema=config.ema),
+        donate_argnums=0,
+        out_shardings=(shardings(like, mesh), NamedSharding(mesh, PartitionSpec())),
+    )
+
+
+def abstract_step(
+    config: TrainConfig, models: dict, params: dict, mesh: Mesh, attention: Implementation = "auto"
+) -> tuple[Modules, state.TrainState, Callable]:
+    """(networks, state, step) that `run` trains with, the state as shapes on the mesh.
+
+    Args: models, params: of the checkpoint to begin from, parameters as jax.ShapeDtypeStruct.
+    """
+    modules = build(models, config, attention)
+    like = jax.eval_shape(partial(first_state, modules=modules, config=config), params)
+    like = abstract(like, mesh)
+    return modules, like, make_step(modules, config, like, mesh)
+
+
 def make_meter(
-    like: state.TrainState, modules: Modules, config: TrainConfig, cache: ImageCache | None
+    like: state.TrainState,
+    modules: Modules,
+    config: TrainConfig,
+    cache: ImageCache | None,
+    shares: int,
 ) -> Meter:
     """What counts the tokens, images and operations of the steps."""
     cached = set() if cache is None else {"vae"}
@@ -76,55 +138,59 @@ def make_meter(
         trained={name for path in like.params for name in path.split("/")[:2]},
         cached=cached,
     )
-    return Meter(cost, flops.peak_flops(jax.devices()[0], config.dtype) * jax.device_count())
+    peak = flops.peak_flops(jax.devices()[0], config.dtype) * jax.device_count()
+    return Meter(cost, peak, shares)
+
+
+def say(text: str) -> None:
+    """Prints a line beside the progress bar, once for all processes."""
+    if distributed.is_first():
+        tqdm.write(text)
 
 
 def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
     # 1. The checkpoint that the stage begins from: its models, tokenizer and parameters.
-    params, models, files = checkpoints.load_checkpoint(config.init_from)
+    models, files = checkpoints.read_metadata(config.init_from)
     models = {name: models.get(name) for name in ("janusflow", "siglip", "vae")}
     modules = build(models, config)
     tokenizer, processor = Tokenizer.from_files(files), ImageProcessor.from_files(files)
     check_parts(modules.model.config, modules.vae, tokenizer, processor)
-    cache, mesh = open_cache(config, params, models), make_mesh(config.mesh)
+    mesh, language = make_mesh(config.mesh), modules.model.config.language
+    check_heads(language.num_attention_heads, language.kv_heads, mesh)
+    cache = None
+    if config.data.cache:  # Its checksums need the parameters.
+        cache = open_cache(config, first_params(config, mesh), models)
+    share, shares = sharding.row_share(mesh)
     loader = checkpoint_loader(
         config.data,
         models,
         files,
         cache,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        row_multiple=row_multiple(mesh),
+        process_index=share,
+        process_count=shares,
+        row_multiple=sharding.row_multiple(mesh) * config.optimizer.accumulate,
     )
-    sampler = Sampler(config.samples, modules, tokenizer, processor)
+    sampler = Sampler(config.samples, modules, tokenizer, processor, mesh)
 
     # 2. The state: the run's own last checkpoint, else a fresh one.
     saved = runs.Checkpoints(folder, models, files, config)
-    like = jax.eval_shape(partial(first_state, modules=modules, config=config), params)
-
-    def place(now: state.TrainState) -> state.TrainState:
-        return jax.device_put(now, shardings(now, mesh))
-
-    now = place(saved.restore(like) or first_state(params, modules, config))
-    del params
+    shapes = checkpoints.load_shapes(config.init_from)
+    like = jax.eval_shape(partial(first_state, modules=modules, config=config), shapes)
+    like = abstract(like, mesh)
+    now = saved.restore(like) or begin(modules, config, like, mesh)
     step = int(now.step)
-    print(f"{config.name}: step {step} of {config.steps}, in {folder}")
+    say(f"{config.name}: step {step} of {config.steps}, in {folder}")
 
     # 3. The step.
-    objective = partial(janusflow, seed=config.seed, modules=modules, config=config.objective)
-    step_fn = jax.jit(
-        partial(train_step, objective=objective, optimizer=config.optimizer, ema=config.ema),
-        donate_argnums=0,
-        out_shardings=(shardings(like, mesh), None),
-    )
+    step_fn = make_step(modules, config, like, mesh)
 
     # 4. The loop. SIGTERM (a preempted machine) ends it after the step at hand.
-    asked_to_stop = []
-    signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))
-    meter = make_meter(like, modules, config, cache)
-    trace = Trace(folder / "profile", step, profile)
-    log = Log(folder, step, config.wandb, to_dict(config))
-    bar = tqdm(initial=step, total=config.steps, unit="step")
+    told_to_stop = distributed.StopNotice()
+    meter = make_meter(like, modules, config, cache, shares)
+    first = distributed.is_first()
+    trace = Trace(folder / "profile", step, profile if first else 0)
+    log = Log(folder, step, config.wandb, to_dict(config)) if first else NoLog()
+    bar = tqdm(initial=step, total=config.steps, unit="step", disable=not first)
     position = step + int(now.data_offset)  # in the data, of the next batch
     batches = loader.batches(position)
     skipped_in_row, rewinds, last = int(now.skipped_in_row), 0, step >= config.steps
@@ -138,7 +204,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
                 batch, stats = next(batches)
             position += 1
             for record in stats.broken:
-                bar.write(f"skipped {record}")
+                say(f"skipped {record}")
             now, sums = step_fn(now, place_batch(batch, mesh))
 
             # While the device is at this step, a look at the one before it: too many skipped ones
@@ -152,16 +218,15 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
                         f"rewinds passed other data by: lower the learning rate, or begin from "
                         f"an earlier checkpoint."
                     )
-                now = saved.restore(like, good)
-                if now is None:
-                    params, _, _ = checkpoints.load_checkpoint(config.init_from)
-                    now = first_state(params, modules, config)
+                del now  # Two states may be too many for the devices.
+                now = saved.restore(like, good) or begin(modules, config, like, mesh)
                 back = int(now.step)
-                bar.write(
+                say(
                     f"steps {good + 1} to {step} were skipped: back to step {back}, and past the "
                     f"data up to batch {position}"
                 )
-                now = place(now.replace(data_offset=jnp.int32(position - back)))
+                offset = jax.device_put(np.int32(position - back), like.data_offset.sharding)
+                now = now.replace(data_offset=offset)
                 step, skipped_in_row = back, 0
                 log.go_back(step)
                 bar.n = step
@@ -169,7 +234,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
             skipped_in_row, _ = sums.pop("skipped_in_row")
 
             step += 1
-            last = step == config.steps or bool(asked_to_stop)
+            last = step == config.steps or told_to_stop()
             meter.add(sums, batch, stats.padding)
             trace.after(step, sums, last)
             if step % config.log_every == 0 or last:
@@ -186,7 +251,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
                     log.write_samples(step, *sampler.write(folder, step, now))
             saved.check()
             bar.update()
-    print(f"{config.name}: step {step} is saved in {runs.folder(folder, step)}")
+    say(f"{config.name}: step {step} is saved in {runs.folder(folder, step)}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,12 +270,23 @@ def main(argv: list[str] | None = None) -> int:
         default=0,
         help="trace so many steps (5) into RUN/profile",
     )
+    add(
+        "--plan",
+        metavar="TOPOLOGY",
+        help="train nothing, but compile the step for these machines (v5e-64, v5p-64, v6e-64, "
+        "8xH100, ...) and say what the stage will need there",
+    )
+    distributed.add_arguments(parser)
     add("overrides", nargs="*", metavar="field=value")
     args = parser.parse_args(argv)
     try:
-        enable_cache()
         config = load(args.config, args.overrides)
-        run(config, Path(args.run or f"runs/{config.name}"), args.profile)
+        if args.plan:
+            return 0 if report.tell(config, args.plan, abstract_step) else 1
+        distributed.start(args.coordinator, args.processes, args.process)
+        enable_cache()
+        with distributed.failing_together():
+            run(config, Path(args.run or f"runs/{config.name}"), args.profile)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2

@@ -1,18 +1,59 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one call of less than 10 minutes: the float32 goldens, then speed at full
-# size in bfloat16. Needs python3 with jax, flax, torch and transformers; nothing is installed.
-# Leaves goldens.txt and <date>_gpu.json in $OUT, or else in benchmarks/results/.
+# All that wants a GPU, in one call of less than 10 minutes: cuDNN's attention against XLA's, the
+# float32 goldens, then at full size in bfloat16 the training step by batch and remat policy, and
+# sampling with PyTorch beside it.
+#
+#     bash benchmarks/gpu.sh                   # writes <date>_gpu.json in $OUT or benchmarks/results
+#     bash benchmarks/gpu.sh --device cpu      # the same parts, tiny: whether this script works
+#
+# Needs python3 (or $PYTHON) with jflow's dependencies and torch; nothing is installed. A part that
+# fails or takes too long leaves its log, and the others go on; the file is written anew after each.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
+device=gpu
+if [ "$*" = "--device cpu" ]; then
+    device=cpu
+elif [ $# -gt 0 ]; then
+    echo "gpu.sh: it takes --device cpu, or nothing" >&2
+    exit 2
+fi
+python=${PYTHON:-python3}
 results=${OUT:-benchmarks/results}
+name=$(date +%F)_$device
+parts=$(mktemp -d)
+trap 'rm -rf "$parts"' EXIT
 mkdir -p "$results"
-export PYTHONPATH=. PYTHONUNBUFFERED=1
-failed=0
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 TQDM_DISABLE=1
+export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+step=(--size full --rounds 5 --seconds 130)
+# Attention looks at whole rows: the same samples, one in a row.
+alone=(--size full --rounds 5 --seconds 30 --packed 1 --rows 96 --remat dots)
+sampling=(--device gpu --vae --rounds 3)
+if [ $device = cpu ]; then
+    export JAX_PLATFORMS=cpu
+    step=(--size tiny --rounds 1)
+    alone=(--size tiny --rounds 1 --remat none)
+    sampling=(--layers 1 --vocab-size 256 --steps 1 --rounds 1)
+fi
+failed=0 checks=
 
-JAX_PLATFORMS=cuda timeout 180 python3 -m pytest -q tests/test_goldens.py >"$results/goldens.txt" 2>&1 ||
-    failed=1
-tail -n 15 "$results/goldens.txt"
+# part NAME SECONDS COMMAND...: its log is <date>_gpu_NAME.txt, its outcome goes into the JSON.
+part() {
+    local part=$1 limit=$2 began=$SECONDS status=0 log=$results/${name}_$1.txt
+    shift 2
+    timeout --kill-after=10 "$limit" "$@" >"$log" 2>&1 || status=$?
+    [ $status -eq 0 ] || failed=1
+    echo "== $part: status $status after $((SECONDS - began)) s"
+    tail -n 15 "$log"
+    checks+="${checks:+, }\"$part\": {\"status\": $status, \"seconds\": $((SECONDS - began))}"
+    echo "{$checks}" >"$parts/checks.json"
+    "$python" benchmarks/report.py "$parts" --out "$results/$name.json" >"$results/${name}_tables.md"
+}
 
-timeout 400 python3 benchmarks/sampling.py --device gpu --vae \
-    --json "$results/$(date +%F)_gpu.json" || failed=1
+part attention 60 "$python" -m pytest -q tests/test_attention.py -k gpu
+part goldens 80 "$python" -m pytest -q tests/test_goldens.py -k "logits or velocity or guided"
+part step 190 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
+part step_alone 80 "$python" benchmarks/step.py "${alone[@]}" --json "$parts/step_alone.json"
+part sampling 170 "$python" benchmarks/sampling.py "${sampling[@]}" --json "$parts/sampling.json"
+cat "$results/${name}_tables.md"
 exit $failed

@@ -10,19 +10,15 @@ floors.
 """
 
 import argparse
-import importlib.metadata
-import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+from report import origin, write_json
 from tqdm import tqdm
 from workload import (
     Workload,
@@ -171,15 +167,6 @@ def print_rows(title: str, rows: list[Row]) -> None:
         )
 
 
-def hardware(device: str) -> str:
-    if device == "gpu":
-        command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
 def works_of(
     args: argparse.Namespace, workload: Workload, ours: Worker, torch: Worker
 ) -> dict[str, list[Contender]]:
@@ -264,10 +251,7 @@ def run(args: argparse.Namespace, workload: Workload) -> dict:
     torch.stop()
     versions = ("jax", "jaxlib", "flax", "torch", "transformers")
     sizes = ("device", "dtype", "layers", "vocab_size", "batch", "steps", "rounds")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(args.device),
-        "versions": {name: importlib.metadata.version(name) for name in versions},
+    return origin(args.device, *versions) | {
         "workload": {name: getattr(args, name) for name in sizes},
         "largest_relative_difference": errors,
         "matmul_gflops": {"jax": peaks[0] / 1e9, "torch": peaks[1] / 1e9},
@@ -316,10 +300,7 @@ def main() -> None:
         )
         figures = run(args, workload)
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        partial = args.json.with_name(args.json.name + ".tmp")
-        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, args.json)
+        write_json(args.json, figures)
 
 
 if __name__ == "__main__":

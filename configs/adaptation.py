@@ -7,6 +7,7 @@ decoder, begin-of-understanding and the REPA head. The folders of SOURCES are yo
 README, Training.
 """
 
+from configs.meshes import on
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
 from jflow.training.config import TrainConfig
 from jflow.training.optimizer import ADAPTATION, OptimizerConfig
@@ -17,8 +18,8 @@ SOURCES = (
 )
 
 
-def get_config() -> TrainConfig:
-    return TrainConfig(
+def get_config(hardware: str = "") -> TrainConfig:
+    config = TrainConfig(
         name="adaptation",
         init_from="janusflow",
         steps=10_000,
@@ -30,3 +31,4 @@ def get_config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2000),
     )
+    return on(hardware, config)

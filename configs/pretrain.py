@@ -1,12 +1,13 @@
 """Stage 2 of the paper (Table 1): unified pre-training of all but SigLIP and the VAE.
 
-    python train.py --config configs/pretrain.py
+    python train.py --config configs/pretrain.py [hardware=v5e-64]   # configs/meshes.py
 
 Begins from the averaged parameters of stage 1's run. 30:50:20 of understanding, generation and
 text for the first 10,000 steps, then 14:80:6; 390,000 steps of 512 rows of 4,096 tokens are about
 1,600 A100 days.
 """
 
+from configs.meshes import on
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
 from jflow.training.config import TrainConfig
 from jflow.training.optimizer import PRETRAINING, OptimizerConfig
@@ -18,8 +19,8 @@ SOURCES = (
 )
 
 
-def get_config() -> TrainConfig:
-    return TrainConfig(
+def get_config(hardware: str = "") -> TrainConfig:
+    config = TrainConfig(
         name="pretrain",
         init_from="runs/adaptation",
         steps=390_000,
@@ -34,3 +35,4 @@ def get_config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2000),
     )
+    return on(hardware, config)

@@ -3,6 +3,7 @@
 python train.py --config configs/sft.py
 """
 
+from configs.meshes import on
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
 from jflow.training.config import TrainConfig
 from jflow.training.optimizer import SFT, OptimizerConfig
@@ -14,8 +15,8 @@ SOURCES = (
 )
 
 
-def get_config() -> TrainConfig:
-    return TrainConfig(
+def get_config(hardware: str = "") -> TrainConfig:
+    config = TrainConfig(
         name="sft",
         init_from="runs/pretrain",
         steps=26_000,
@@ -27,3 +28,4 @@ def get_config() -> TrainConfig:
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=1000),
     )
+    return on(hardware, config)

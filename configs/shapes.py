@@ -2,54 +2,58 @@
 
     python -m jflow.data build shapes --out runs/shapes/data --train 40000 --rounds 1
     python -m jflow.scratch --out runs/shapes/init
-    python train.py --config configs/shapes.py
-    python -m jflow.evals --ckpt runs/shapes --untrained runs/shapes/init --out runs/shapes/evals
+    python -m jflow.data cache --config configs/shapes.py --out runs/shapes/cache --batch 64
+    python train.py --config configs/shapes.py --run runs/shapes/train
+    python -m jflow.evals --ckpt runs/shapes/train --untrained runs/shapes/init --out runs/shapes
 
 At most 90 minutes on 2 cores; `make demo` is the same in 10. docs/shapes.md says what was tried.
 """
 
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig, WindowConfig
-from jflow.training.config import SamplesConfig, TrainConfig
+from jflow.sharding import MeshConfig
+from jflow.training.config import TrainConfig
 from jflow.training.objectives import ObjectiveConfig
 from jflow.training.optimizer import PRETRAINING, OptimizerConfig
 from jflow.training.state import EMAConfig
 
-STEPS = 20_000
-DATA = "runs/shapes/data"
 FIELDS = (("caption", "captions"),)
 
 
-def get_config() -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 22_000) -> TrainConfig:
+    folder = f"runs/{name}"
     return TrainConfig(
-        name="shapes",
-        init_from="runs/shapes/init",
-        steps=STEPS,
+        name=name,
+        init_from=f"{folder}/init",
+        steps=steps,
         trainable=PRETRAINING,
         data=DataConfig(
             sources=(
-                SourceConfig("understanding", "tfds", DATA, fields=FIELDS),
-                SourceConfig("generation", "tfds", DATA, fields=FIELDS),
+                SourceConfig("understanding", "tfds", f"{folder}/data", fields=FIELDS),
+                SourceConfig("generation", "tfds", f"{folder}/data", fields=FIELDS),
             ),
-            mixture=(MixtureConfig(0, understanding=3, generation=5, text=0),),
-            batch_rows=8,
-            max_seq_len=128,
-            understanding=WindowConfig(samples=16, rows=16),
-            generation=WindowConfig(samples=62, rows=16),
-            images_per_row=1,
-            crops_per_row=4,
+            mixture=(MixtureConfig(0, understanding=1, generation=2, text=0),),
+            batch_rows=12,
+            max_seq_len=160,
+            understanding=WindowConfig(samples=36, rows=16),
+            generation=WindowConfig(samples=78, rows=16),
+            images_per_row=3,
+            crops_per_row=5,
+            cache=f"{folder}/cache",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=100, decay=(STEPS * 7 // 10, STEPS)
+            learning_rate=3e-3, warmup_steps=100, decay=(steps * 7 // 10, steps)
         ),
         objective=ObjectiveConfig(
-            repa_layer=2, ar_chunk=128, time_mean=-0.4, sample_posterior=False
+            repa_layer=2, ar_chunk=160, time_mean=-0.5, sample_posterior=False
         ),
-        ema=EMAConfig(decay=0.999, every=1),
+        ema=EMAConfig(decay=0.998, every=1),
         repa_hidden_size=256,
+        # Every device has all parameters: they are small.
+        mesh=MeshConfig(data=-1, fsdp=1),
         dtype="float32",
         remat="none",
-        save_every=2000,
-        samples=SamplesConfig(
-            prompts=("a photo of a red circle", "a photo of two squares"), every=2000
-        ),
+        log_every=50,
+        save_every=1000,
+        keep=1,
+        keep_best=False,
     )

@@ -7,14 +7,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
-from jflow import checkpoints
+from jflow import checkpoints, distributed
+
+# How long the processes wait for each other at the end of a save.
+COMPLETE_SECONDS = 600
 
 
 class Writer:
     """Writes checkpoints in the background, one at a time, while their arrays may be given away.
+
+    Where there are several processes each writes what its devices hold, and all of them call these
+    methods together.
 
     A save that ends in the middle, by an error or a kill, leaves a folder without checksums at
     most. An error is raised by the next call of any method, as OSError in one sentence.
@@ -24,6 +29,7 @@ class Writer:
         self._checkpointer = ocp.AsyncCheckpointer(checkpoints.handler())
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._job: Future | None = None
+        self._saves = 0
 
     def save(
         self,
@@ -37,9 +43,10 @@ class Writer:
         """Returns when the arrays are copied to the host; if need be, waits for the save before.
 
         Args: as of `checkpoints.save_checkpoint`, but what is at `path` is replaced; then: called
-          in the background once the checkpoint is complete.
+          in the background, by process 0, once the checkpoint is complete.
         """
         self.wait()
+        self._saves += 1
         folder = Path(path).resolve()
         with _reported_as_unwritten(folder):
             self._checkpointer.save(
@@ -50,9 +57,10 @@ class Writer:
     def _complete(self, folder: Path, then: Callable[[], None]) -> None:
         with _reported_as_unwritten(folder):
             self._checkpointer.wait_until_finished()
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 checkpoints.write_checksums(folder)
-        if jax.process_index() == 0:
+            distributed.wait_for_all(f"checkpoint {self._saves}", COMPLETE_SECONDS)
+        if distributed.is_first():
             then()
 
     def check(self) -> None:
@@ -81,7 +89,8 @@ def _reported_as_unwritten(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # Orbax and TensorStore raise many types for a full disk or a lost right.
-        remove_unfinished(folder.parent)
+        if distributed.is_first():
+            remove_unfinished(folder.parent)
         reason = checkpoints.first_cause(error)
         raise OSError(
             f"The checkpoint {folder} cannot be written ({reason}); those before it are whole: "

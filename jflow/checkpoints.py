@@ -7,6 +7,9 @@ A checkpoint is one Orbax composite with the items
   state   what training needs beside params to go on; absent from converted checkpoints
 so that a reader takes what it needs, and checksums.json with the crc32 of every file, since neither
 Orbax nor its compression notices a flipped bit. A run folder holds such folders, named by step.
+
+Where there are several processes all of them call these functions together; each reads what its
+devices hold, and what one of them finds damaged is so for all.
 """
 
 import json
@@ -14,7 +17,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
+
+from jflow import distributed
 
 # Arrays are stored and read in chunks of this many bytes, and files of about this many. With
 # RESTORE_BYTES these bound what a save or a restore needs on top of the parameters: Orbax's own
@@ -101,13 +106,14 @@ def items(params: dict, config: dict, files: dict[str, str], state: Any) -> ocp.
 def load_checkpoint(
     path: str | Path,
     dtype: jnp.dtype | None = None,
-    sharding: jax.sharding.Sharding | dict | None = None,
+    sharding: jax.sharding.Sharding | dict | Callable[[dict], dict] | None = None,
 ) -> tuple[dict, dict, dict[str, str]]:
     """Reads (params, config, files) of a checkpoint, or of the latest one of a run folder.
 
     Args:
       dtype: of the parameters; None for the stored dtypes.
-      sharding: where to put them, one for all or a tree of them; None for the default device.
+      sharding: where to put them: one for all, a tree of them, or a function that makes such a
+        tree of one of shapes, as sharding.shardings does; None for the default device.
 
     Raises FileNotFoundError or ValueError in one sentence for what is no whole checkpoint.
     """
@@ -116,9 +122,11 @@ def load_checkpoint(
     with _checkpointer() as checkpointer, _reported_as_damage(folder):
         _verify(folder)
         shapes = checkpointer.metadata(folder).item_metadata.params.tree
-        if not isinstance(sharding, dict):
-            one = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            sharding = jax.tree.map(lambda _: one, shapes)
+    if callable(sharding):
+        sharding = sharding(shapes)
+    elif not isinstance(sharding, dict):
+        sharding = jax.tree.map(lambda _: sharding or place_of(None), shapes)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
         restore_args = jax.tree.map(
             lambda _, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), shapes, sharding
         )
@@ -138,11 +146,21 @@ def load_checkpoint(
     return structure.unflatten(arrays), config, files
 
 
+def load_shapes(path: str | Path) -> dict:
+    """The parameters of a checkpoint as jax.ShapeDtypeStruct; errors as in load_checkpoint."""
+    folder = find_checkpoint(path)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+    return shapes
+
+
 def load_state(path: str | Path, like: Any) -> Any:
     """Reads what `save_checkpoint` was given as `state`.
 
     Args:
-      like: a tree of the same structure, of arrays or jax.ShapeDtypeStruct.
+      like: a tree of the same structure, of arrays or jax.ShapeDtypeStruct; where these know a
+        sharding, the arrays will lie so, the others on the default device.
 
     Raises ValueError in one sentence if there is none, or one of another structure.
     """
@@ -156,12 +174,20 @@ def load_state(path: str | Path, like: Any) -> Any:
         shapes = {name: tuple(leaf.shape) for name, leaf in found.items()}
         if shapes != {name: tuple(leaf.shape) for name, leaf in expected.items()}:
             raise ValueError(f"The training state in {path} is that of another model or optimizer.")
-        place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=place), expected)
+        restore_args = {
+            name: ocp.ArrayRestoreArgs(sharding=place_of(leaf)) for name, leaf in expected.items()
+        }
         item = ocp.args.PyTreeRestore(found, restore_args=restore_args)
         with _reported_as_damage(folder):
             restored = checkpointer.restore(folder, ocp.args.Composite(state=item)).state
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
+
+
+def place_of(leaf: Any) -> jax.sharding.Sharding:
+    """Where an array lies, or a jax.ShapeDtypeStruct will; the default device for one that does not
+    say."""
+    place = getattr(leaf, "sharding", None)
+    return place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _numbered(tree: Any) -> dict[str, Any]:
@@ -231,8 +257,10 @@ def _crc32(file: Path) -> int:
 
 
 def _verify(folder: Path) -> None:
-    """Raises ValueError for the first file that is not what was written."""
-    for name, checksum in json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items():
+    """Raises ValueError for the first file that is not what was written; each process looks at its
+    share of the files."""
+    sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    for name, checksum in list(sums.items())[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing.")
         if _crc32(folder / name) != checksum:
@@ -244,7 +272,8 @@ def handler() -> ocp.CompositeCheckpointHandler:
     handlers = type_handlers.create_type_handler_registry(
         # Orbax would copy all arrays first, against writes during an asynchronous save.
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, type_handlers.ArrayHandler()),
+        # Copies of a small array are not worth a program that cuts each its part of the work.
+        (jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=CHUNK_BYTES)),
     )
     return ocp.CompositeCheckpointHandler(
         params=ocp.PyTreeCheckpointHandler(type_handler_registry=handlers),
@@ -255,20 +284,29 @@ def handler() -> ocp.CompositeCheckpointHandler:
 
 
 def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(handler())
+    """One that waits for no other process: what they have to agree on is agreed on here."""
+    own = jax.process_index()
+    return ocp.Checkpointer(
+        handler(),
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=own, active_processes={own}
+        ),
+    )
 
 
 @contextmanager
 def _reported_as_damage(folder: Path) -> Iterator[None]:
+    """What fails in the block on one process is a DamagedError on all."""
+    cause, reason = None, ""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the files
     except Exception as error:
         # Orbax and TensorStore raise many types, bare Exception among them.
-        raise DamagedError(
-            f"The checkpoint {folder} is damaged or incomplete: {first_cause(error)}"
-        ) from error
+        cause, reason = error, first_cause(error) or type(error).__name__
+    for found in filter(None, distributed.gather_texts(reason)):
+        raise DamagedError(f"The checkpoint {folder} is damaged or incomplete: {found}") from cause
 
 
 def first_cause(error: BaseException) -> str:

@@ -31,6 +31,46 @@ def _logits_backward(saved, gradient):
 _logits.defvjp(_logits_forward, _logits_backward)
 
 
+def _chunk_loss(lm_head: jax.Array, x: jax.Array, target: jax.Array) -> jax.Array:
+    """Sum of -log p(target) over x [B, c, D] and target [B, c]."""
+    logits = _logits(x, lm_head)
+    # A comparison and a sum, not a gather: they stay local where the vocabulary is split.
+    chosen = jnp.arange(logits.shape[-1]) == target[..., None]
+    picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
+    nll = jax.nn.logsumexp(logits, axis=-1) - picked
+    return jnp.sum(jnp.where(target >= 0, nll, 0))
+
+
+@jax.custom_vjp
+def _chunk_loss_if_any(lm_head: jax.Array, x: jax.Array, target: jax.Array) -> jax.Array:
+    """`_chunk_loss`, not computed where there is no target.
+
+    Its derivative is written out: left to itself, all that it needs of the logits would have to
+    leave the branch that has them.
+    """
+    arguments = lm_head, x, target
+    return jax.lax.cond(jnp.any(target >= 0), _chunk_loss, lambda *_: jnp.float32(0), *arguments)
+
+
+def _chunk_loss_forward(lm_head, x, target):
+    return _chunk_loss_if_any(lm_head, x, target), (lm_head, x, target)
+
+
+def _chunk_loss_backward(saved, gradient):
+    lm_head, x, target = saved
+
+    def compute(*given):
+        return jax.vjp(lambda *parts: _chunk_loss(*parts, target), *given)[1](gradient)
+
+    def zeros(*given):
+        return tuple(map(jnp.zeros_like, given))
+
+    return *jax.lax.cond(jnp.any(target >= 0), compute, zeros, lm_head, x), None
+
+
+_chunk_loss_if_any.defvjp(_chunk_loss_forward, _chunk_loss_backward)
+
+
 def autoregressive(
     hidden: jax.Array, lm_head: jax.Array, targets: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
@@ -41,7 +81,8 @@ def autoregressive(
       lm_head: [D, vocab].
       targets: [B, L], the token that each position must predict, negative for none.
       chunk: positions of each row whose logits exist at a time; those of a chunk are computed
-        again in the backward pass, so [B, L, vocab] never exists.
+        again in the backward pass, so [B, L, vocab] never exists. Positions with a target come
+        first, and chunks without any are left out: most of a row of images needs no logits.
     """
     length = targets.shape[1]
     chunk = min(chunk, length)
@@ -52,14 +93,11 @@ def autoregressive(
     def negative_log_likelihood(lm_head, hidden, targets):
         @jax.checkpoint
         def add(total, part):
-            x, target = part
-            logits = _logits(x, lm_head)
-            # A comparison and a sum, not a gather: they stay local where the vocabulary is split.
-            chosen = jnp.arange(logits.shape[-1]) == target[..., None]
-            picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
-            nll = jax.nn.logsumexp(logits, axis=-1) - picked
-            return total + jnp.sum(jnp.where(target >= 0, nll, 0)), None
+            return total + _chunk_loss_if_any(lm_head, *part), None
 
+        order = jnp.argsort(targets < 0, axis=1, stable=True)
+        hidden = jnp.take_along_axis(hidden, order[..., None], axis=1)
+        targets = jnp.take_along_axis(targets, order, axis=1)
         parts = (
             rearrange(hidden, "B (n c) D -> n B c D", c=chunk),
             rearrange(targets, "B (n c) -> n B c", c=chunk),

@@ -6,6 +6,7 @@ averages of the same path lie alike. Programs run inside `jax.set_mesh(mesh)`; o
 nothing is constrained, and one device computes what it always did.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # What an axis means -> the mesh axes that split it.
@@ -243,20 +245,41 @@ def row_multiple(mesh: Mesh | AbstractMesh) -> int:
     return _devices(MESH_AXES["batch"], mesh)
 
 
+@functools.cache
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """(n, count): this process's devices have the n-th of `count` equal shares of a batch's rows.
+
+    Processes that only `tensor` tells apart have the same share. Raises ValueError where a
+    process has only a part of another's share.
+    """
+    if jax.process_count() == 1:
+        return 0, 1
+    owners = np.array([device.process_index for device in mesh.devices.flat])
+    owners = owners.reshape(row_multiple(mesh), -1)
+    rows = {process: tuple(np.nonzero((owners == process).any(1))[0]) for process in owners.flat}
+    shares = sorted(set(rows.values()))
+    if sum(map(len, shares)) != len(owners) or len(set(map(len, shares))) > 1:
+        raise ValueError(
+            f"mesh.tensor={mesh.shape['tensor']} does not fit the processes: it must divide the "
+            f"devices of a process, or be a multiple of them."
+        )
+    return shares.index(rows[jax.process_index()]), len(shares)
+
+
 def place_batch(batch: Any, mesh: Mesh) -> Any:
     """A batch of numpy arrays onto the mesh, its rows split.
 
     Args:
-      batch: this process's share of the rows, in the order of its devices on the mesh; all rows
-        where there is one process.
+      batch: this process's share of the rows (`row_share`); all rows where there is one process.
 
     Raises ValueError where the rows do not divide.
     """
     sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
     wanted = row_multiple(mesh)
+    _, shares = row_share(mesh)
 
     def place(leaf):
-        rows = len(leaf) * jax.process_count()
+        rows = len(leaf) * shares
         if rows % wanted:
             raise ValueError(
                 f"A batch of {rows} rows does not divide over mesh.data*fsdp={wanted}."

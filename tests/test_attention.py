@@ -40,7 +40,8 @@ def value_and_gradients(compute, q, k, v):
         return jnp.sum(out.astype(jnp.float32) * weights), out
 
     both = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-    (_, out), gradients = jax.jit(both, compiler_options=FAST)(q, k, v)
+    options = FAST if jax.default_backend() == "cpu" else None
+    (_, out), gradients = jax.jit(both, compiler_options=options)(q, k, v)
     return out, *gradients
 
 
@@ -119,6 +120,38 @@ def test_what_cudnn_is_asked_equals_xla(cudnn_calls, monkeypatch):
     behind = q[:, 60:], k[:, 60:], v[:, 60:]
     close(*([f(*behind, segment_ids=ids[:, 60:], cache=cache)] for f in both), 2e-2)
     assert cudnn_calls == [(15, 75, True)]
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("length, kv_heads", [(643, 4), (4096, 4), (1280, 2)])
+def test_gpu_cudnn_equals_xla(length, kv_heads):
+    """Packed rows, forward and gradients, against float32 on the same rounded numbers."""
+    q, k, v, ids = draw(length, 2, length, 4, kv_heads, 128, jnp.bfloat16)
+    want = value_and_gradients(
+        partial(attention, precision=EXACT, segment_ids=ids, implementation="xla"),
+        *(a.astype(jnp.float32) for a in (q, k, v)),
+    )
+    for name in ("cudnn", "xla"):
+        compute = partial(attention, precision=HALF, segment_ids=ids, implementation=name)
+        close(value_and_gradients(compute, q, k, v), want, 3e-2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+def test_gpu_cudnn_behind_a_cache_and_without_mask_equals_xla():
+    q, k, v, ids = draw(7, 2, 640, 4, 4, 128, jnp.bfloat16)
+    cache = KVCache.of(k[None, :, :63], v[None, :, :63], ids[:, :63])
+    cache = KVCache(cache.k[0], cache.v[0], cache.segment_ids)
+    for rows in (
+        dict(segment_ids=ids[:, 63:], cache=cache),
+        dict(),
+    ):
+        got, want = (
+            jax.jit(partial(attention, precision=HALF, implementation=name, **rows))(
+                q[:, 63:], k[:, 63:], v[:, 63:]
+            )
+            for name in ("cudnn", "xla")
+        )
+        close([got], [want], 2e-2)
 
 
 def test_choice_follows_platform_and_shape(monkeypatch):

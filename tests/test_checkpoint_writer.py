@@ -84,10 +84,12 @@ def test_it_is_what_a_plain_save_writes(tmp_path, writer):
     writer.wait()
 
     def names(folder):
-        return sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*"))
+        """But for files of data, whose names and number are the storage's affair."""
+        found = (f.relative_to(folder).as_posix() for f in folder.rglob("*"))
+        return sorted(name for name in found if "/d/" not in name)
 
     plain, background = tmp_path / "plain", tmp_path / "background"
-    assert len(names(plain)) == len(names(background)) > 10
+    assert names(plain) == names(background) and len(names(plain)) > 10
     for read in (checkpoints.load_checkpoint, lambda f: checkpoints.load_state(f, tree(0))):
         jax.tree.map(np.testing.assert_array_equal, read(plain), read(background))
 

@@ -15,7 +15,8 @@ from jflow.inference.image import (
     initial_noise,
     sample_latents,
 )
-from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, check_parts, pad_rows
+from jflow.inference.parts import check_parts
+from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, pad_rows
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.layers import Precision
 from jflow.models.llama import LlamaConfig

@@ -41,6 +41,24 @@ def test_chunked_cross_entropy_equals_torch(chunk, seed):
     close(gradients[1], k.grad)
 
 
+def test_only_as_many_chunks_as_targets_fill_have_logits():
+    """What is not a number at positions without targets would reach the head's gradient."""
+    rng, length, chunk = np.random.default_rng(3), 24, 4
+    targets = np.full((2, length), -1, np.int32)
+    for row in targets:
+        row[rng.choice(length, 2 * chunk, replace=False)] = rng.integers(0, 5, 2 * chunk)
+    hidden = rng.standard_normal((2, length, 8), np.float32)
+    kernel = rng.standard_normal((8, 5), np.float32)
+
+    def loss(hidden, kernel):
+        return losses.autoregressive(hidden, kernel, targets, chunk)[0]
+
+    want = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+    hidden[targets < 0] = np.nan
+    got = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_cross_entropy_without_targets_is_zero_with_zero_gradient():
     hidden, kernel = jnp.ones((1, 4, 8)), jnp.ones((8, 5))
     total, gradient = jax.value_and_grad(

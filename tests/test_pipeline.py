@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 
-from jflow.data import pipeline
 from jflow.data.mixture import (
     DataConfig,
     MixtureConfig,
@@ -20,6 +19,7 @@ from jflow.data.mixture import (
     WindowConfig,
 )
 from jflow.data.pipeline import Loader
+from jflow.distributed import gather_texts
 from tests.goldens import REPO
 from tests.test_data_sources import png, write_lines
 from tests.test_examples import PROCESSOR, TOKENIZER, N
@@ -271,7 +271,7 @@ def test_failing_storage_stops_the_run_instead(config, monkeypatch):
 
 
 def test_gathering_on_one_process():
-    assert pipeline.gather_texts("né") == ["né"]
+    assert gather_texts("né") == ["né"]
 
 
 def test_gathering_between_two_processes():
@@ -283,7 +283,7 @@ def test_gathering_between_two_processes():
 import sys, jax
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize("{address}", 2, int(sys.argv[1]), initialization_timeout=60)
-from jflow.data.pipeline import gather_texts
+from jflow.distributed import gather_texts
 assert gather_texts(("né", "longer 中")[int(sys.argv[1])]) == ["né", "longer 中"]
 assert gather_texts(("", "x")[int(sys.argv[1])]) == ["", "x"]
 """

@@ -152,8 +152,13 @@ def test_training_is_the_same_on_eight_devices():
     virtual.run("training", (2, 2, 2))
 
 
-def test_sampling_is_the_same_on_eight_devices():
-    virtual.run("sampling", (2, 2, 2))
+def test_what_sample_py_draws_and_answers_is_the_same_on_eight_devices():
+    virtual.run("sample.py", (2, 2, 2))
+
+
+@pytest.mark.slow
+def test_what_sample_py_draws_and_answers_does_not_depend_on_the_mesh():
+    virtual.run("sample.py", (8, 1, 1), (1, 8, 1), (2, 1, 4), (1, 4, 2))
 
 
 @pytest.mark.slow

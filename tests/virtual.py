@@ -4,21 +4,28 @@ The model is tiny_training's with 8 heads and a vocabulary of 56, so that all of
 divide by 8; without a mesh it is what one device computes.
 """
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jflow import checkpoints, flow, sharding
+import sample as sample_py
+from jflow import checkpoints, flow, images, sharding
 from jflow.batch import Batch
+from jflow.convert.__main__ import main as convert
 from jflow.inference import image, text
+from jflow.inference.pipeline import Pipeline
 from jflow.models.janusflow import JanusFlow
 from jflow.training import objectives, optimizer
 from jflow.training import state as states
@@ -26,7 +33,7 @@ from jflow.training.objectives import Modules, ObjectiveConfig
 from jflow.training.optimizer import OptimizerConfig
 from jflow.training.state import EMAConfig, TrainState
 from jflow.training.step import train_step
-from tests.goldens import REPO
+from tests.goldens import GOLDEN, REPO
 from tests.tiny_training import CONFIG, FAST, VOCAB, image_row, modules, params, stack, text_row
 
 HEADS, WORDS = 8, 56
@@ -45,6 +52,7 @@ def run(check: str, *meshes: tuple[int, int, int]) -> None:
     """Runs `check` of this module on each mesh, elsewhere; fails with what it printed."""
     flags = [
         "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",  # Compiling takes most of the time.
         # Eight devices share two busy cores: none of them is to be given up as lost.
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
         "--xla_cpu_collective_timeout_seconds=600",
@@ -206,7 +214,62 @@ def sampling(meshes: list[tuple[int, int, int]]) -> None:
         print(f"equal on {sizes}", flush=True)
 
 
+def sample_files(ckpt: Path, mesh: str | None) -> tuple[np.ndarray, str]:
+    """What sample.py draws, its PNGs as floats, and the JSONL file of what it answers; 3 rows each,
+    drawn by 2, answered at once. mesh: None for one device alone."""
+    drawn, loaded = [], []
+    original = Pipeline.from_checkpoint
+    out = ckpt.parent / "answers.jsonl"
+
+    def load(*args, **kwargs):
+        loaded.append(original(*args, **kwargs))
+        return loaded[-1]
+
+    spies = [
+        patch.object(images, "to_uint8", np.asarray),
+        patch.object(images, "save_png", lambda image, *_: drawn.append(image)),
+        patch.object(Pipeline, "from_checkpoint", load),
+    ]
+    if mesh is None:
+        spies.append(patch.object(sample_py, "mesh_of", lambda _: None))
+    with ExitStack() as stack:
+        for spy in spies:
+            stack.enter_context(spy)
+        common = ["--ckpt", str(ckpt), "--mesh", mesh or "", "--out", str(out)]
+        draw = ["--prompt", "a red cat", "--num", "3", "--steps", "2", "--batch-size", "2"]
+        assert sample_py.main([*common, *draw]) == 0
+        questions = ["--questions", str(ckpt.parent / "q.jsonl"), "--max-new-tokens", "8"]
+        assert sample_py.main([*common, *questions]) == 0
+    for pipeline in loaded if mesh else ():
+        places = sharding.shardings(pipeline.params, pipeline.mesh)
+        for leaf, place in zip(
+            jax.tree.leaves(pipeline.params), jax.tree.leaves(places), strict=True
+        ):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), (leaf.sharding, place)
+    return np.stack(drawn[:3]), out.read_text("utf-8")
+
+
+def sample_command(meshes: list[tuple[int, int, int]]) -> None:
+    """sample.py --mesh on the golden checkpoint: images within 1e-5, answers word by word."""
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt = Path(folder) / "ckpt"
+        source, vae = str(GOLDEN / "tiny"), str(GOLDEN / "vae_tiny")
+        assert convert(["from-hf", source, "--vae", vae, "--out", str(ckpt)]) == 0
+        cat = str(REPO / "docs" / "cat.jpg")
+        asked = [{"question": f"What is this{'?' * n}", "image": cat} for n in (1, 2, 5)]
+        (Path(folder) / "q.jsonl").write_text("\n".join(map(json.dumps, asked)), "utf-8")
+        pictures, answers = sample_files(ckpt, None)
+        assert np.std(pictures) > 0.1 and len(set(answers.splitlines())) == 3
+        for sizes in meshes:
+            names = ("data", "fsdp", "tensor")
+            mesh = ",".join(f"{n}={s}" for n, s in zip(names, sizes, strict=True))
+            got, text = sample_files(ckpt, mesh)
+            error = np.abs(got - pictures).max() / np.abs(pictures).max()
+            assert error < 1e-5 and text == answers, (sizes, error)
+            print(f"equal on {sizes}: images within {error:.1e}", flush=True)
+
+
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    chosen = {"training": training, "sampling": sampling}[sys.argv[1]]
-    chosen([tuple(map(int, sizes.split(","))) for sizes in sys.argv[2:]])
+    checks = {"training": training, "sampling": sampling, "sample.py": sample_command}
+    checks[sys.argv[1]]([tuple(map(int, sizes.split(","))) for sizes in sys.argv[2:]])

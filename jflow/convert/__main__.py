@@ -35,7 +35,7 @@ from jflow.convert.engine import (
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES, LANGUAGE_RULES
 from jflow.convert.vae_rules import LEGACY_VAE_NAMES, VAE_RULES
 from jflow.images import ImageProcessor
-from jflow.inference.pipeline import check_parts
+from jflow.inference.parts import check_parts
 from jflow.models.janusflow import JanusFlowConfig, abstract_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig

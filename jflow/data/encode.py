@@ -20,6 +20,7 @@ from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, source_che
 from jflow.data.examples import cached_crop
 from jflow.data.mixture import DataConfig
 from jflow.data.sources import Source, open_source
+from jflow.distributed import fetch
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig
@@ -65,7 +66,7 @@ def _checksum(params: dict) -> int:
     checksum = 0
     for path, leaf in sorted(flatten_dict(params, sep="/").items()):
         checksum = zlib.crc32(path.encode(), checksum)
-        values = np.ascontiguousarray(np.asarray(leaf).astype(np.float32))
+        values = np.ascontiguousarray(fetch(leaf).astype(np.float32))
         checksum = zlib.crc32(values.reshape(-1).view(np.uint8), checksum)
     return checksum
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import grain
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jflow.batch import Batch, ImageRows, TextRows
 from jflow.data import packing
@@ -26,6 +25,7 @@ from jflow.data.cache import ImageCache
 from jflow.data.examples import Example, Format
 from jflow.data.mixture import TASKS, DataConfig, Row, Task, batch_rows, part_sizes
 from jflow.data.streams import TaskStream
+from jflow.distributed import gather_texts
 from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlowConfig
 from jflow.models.vae import VAEConfig
@@ -279,18 +279,6 @@ def checkpoint_loader(
         cache=cache,
         **share,
     )
-
-
-def gather_texts(text: str) -> list[str]:
-    """Every process's text, on every process; all of them must call it."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
-    padded = np.zeros(lengths.max(), np.uint8)
-    padded[: len(data)] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:n]).decode() for row, n in zip(rows, lengths, strict=True)]
 
 
 def _check_broken(broken: list[str], samples: int, limit: float) -> None:

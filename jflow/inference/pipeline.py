@@ -1,22 +1,28 @@
 """A checkpoint, ready to draw and to answer."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from PIL import Image
 
 from jflow import checkpoints, flow, images, prompts, rng
+from jflow.distributed import fetch
 from jflow.inference.image import decode_latents, encode_pixels, initial_noise, sample_latents
+from jflow.inference.parts import PIXEL_CHANNELS, check_parts
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.llama import unstack_layers
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.samplers import SOLVERS
+from jflow.sharding import MESH_AXES, check_heads, row_multiple, shardings
 
 # Prompts are padded to a multiple of this, so that most runs share their compiled programs.
 PROMPT_BUCKET = 64
@@ -24,10 +30,6 @@ PROMPT_BUCKET = 64
 DECODE_CHUNK = 8
 # The VAE's activations are the largest of all: it decodes this many images at a time.
 VAE_BATCH = 4
-# A model without VAE that reads so many channels works on pixels: they are its latents.
-PIXEL_CHANNELS = 3
-# Tags that the released processor appends to a vocabulary, whether or not they have embeddings.
-ADDED_TAGS = 4
 
 
 @dataclass(frozen=True)
@@ -106,65 +108,46 @@ def pad_rows(rows: Sequence[np.ndarray], multiple: int, fill: int) -> tuple[np.n
     return tokens, lengths
 
 
-def check_parts(
-    config: JanusFlowConfig,
-    vae: AutoencoderKL | None,
-    tokenizer: prompts.Tokenizer,
-    processor: images.ImageProcessor,
-) -> None:
-    """Raises one ValueError with everything in which the parts of a checkpoint disagree."""
-    siglip, encoder = config.siglip, config.gen_encoder
-    pairs = [
-        ("num_image_tokens of processor_config.json", tokenizer.num_image_tokens,
-         "SigLIP's patches", siglip.num_tokens),
-        ("image_size of preprocessor_config.json", processor.image_size,
-         "SigLIP's image_size", siglip.image_size),
-    ]  # fmt: skip
-    if vae is not None or encoder.input_channels == PIXEL_CHANNELS:
-        side = siglip.image_size // (vae.config.downscale if vae else 1)
-        back = encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
-        channels = vae.config.latent_channels if vae else PIXEL_CHANNELS
-        what = "the VAE's latent_channels" if vae else "the channels of a pixel"
-        pairs += [
-            (what, channels, "vision_gen_enc's", encoder.input_channels),
-            (what, channels, "vision_gen_dec's", config.gen_decoder.out_channels),
-            ("latents along a side", side, "what the decoder gives back", back),
-        ]  # fmt: skip
-    wrong = [f"{a} ({x}) and {b} ({y})" for a, x, b, y in pairs if x != y]
-    if tokenizer.vocab_size > config.language.vocab_size + ADDED_TAGS:
-        wrong.append(
-            f"the tokenizer's vocabulary ({tokenizer.vocab_size}) and the model's embeddings "
-            f"({config.language.vocab_size})"
-        )
-    if wrong:
-        raise ValueError(f"The parts of the checkpoint do not fit: {'; '.join(wrong)}.")
-
-
 @dataclass(frozen=True)
 class Pipeline:
-    """Model, parameters and tokenizer of one checkpoint; `from_checkpoint` makes it."""
+    """Model, parameters and tokenizer of one checkpoint; `from_checkpoint` makes it.
+
+    mesh: the devices that share the work, the rows of a batch filled up with copies to what they
+    divide; where they belong to several processes, all of these call together. None: one device.
+    """
 
     model: JanusFlow
     vae: AutoencoderKL | None
     params: dict  # {"janusflow": ..., "vae": ...}
     tokenizer: prompts.Tokenizer
     processor: images.ImageProcessor
+    mesh: Mesh | None = None
 
     @classmethod
     def from_checkpoint(
-        cls, path: str | Path, dtype: jnp.dtype = jnp.float32, scan_layers: bool = True
+        cls,
+        path: str | Path,
+        dtype: jnp.dtype = jnp.float32,
+        scan_layers: bool = True,
+        mesh: Mesh | None = None,
     ) -> "Pipeline":
         """Loads a checkpoint folder that jflow.convert or train.py wrote.
 
         Args:
           dtype: of parameters and matrix products; norms, softmax and the ODE stay float32.
           scan_layers: True compiles faster, False decodes answers faster (see Llama).
+          mesh: each device reads its part of the parameters alone.
 
-        Raises FileNotFoundError or ValueError in one sentence for what is no such checkpoint.
+        Raises FileNotFoundError or ValueError in one sentence for what is no such checkpoint, and
+        for a model that does not divide over the mesh.
         """
-        params, config, files = checkpoints.load_checkpoint(path, dtype=dtype)
+        places = None if mesh is None else partial(shardings, mesh=mesh)
+        params, config, files = checkpoints.load_checkpoint(path, dtype=dtype, sharding=places)
         precision = Precision(param=dtype, compute=dtype)
         model_config = JanusFlowConfig.from_hf(config["janusflow"], config.get("siglip"))
+        if mesh is not None:
+            language = model_config.language
+            check_heads(language.num_attention_heads, language.kv_heads, mesh)
         vae = None
         if config.get("vae") is not None:
             vae = AutoencoderKL(VAEConfig.from_hf(config["vae"]), dtype=dtype, param_dtype=dtype)
@@ -180,7 +163,22 @@ class Pipeline:
             params=params,
             tokenizer=tokenizer,
             processor=processor,
+            mesh=mesh,
         )
+
+    def rows(self, count: int) -> int:
+        """The rows of a batch of `count`: what the mesh divides."""
+        multiple = 1 if self.mesh is None else row_multiple(self.mesh)
+        return -(-count // multiple) * multiple
+
+    def _place(self, rows: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+        """The rows of a batch [B, ...] where their devices are."""
+        if self.mesh is None:
+            return rows
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec(MESH_AXES["batch"])))
+
+    def _on_mesh(self) -> AbstractContextManager:
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -242,38 +240,41 @@ class Pipeline:
         image_ids = np.tile(np.arange(num), len(rows))
         if first_ids is not None:
             image_ids += np.repeat(np.asarray(first_ids), num)
-        batch_size = min(batch_size, len(prompt_ids))
+        batch_size = self.rows(min(batch_size, len(prompt_ids)))
         for first in range(0, len(prompt_ids), batch_size):
             # The last batch is filled up with copies, so that it runs the same program.
             ids = np.minimum(np.arange(first, first + batch_size), len(prompt_ids) - 1)
-            z = initial_noise(options.seed, image_ids[ids], shape)
+            z = self._place(initial_noise(options.seed, image_ids[ids], shape))
             if start is not None:
                 z = flow.interpolate(start, z, grid.timesteps[0] / 1000)
-            latents = sample_latents(
-                self.model,
-                self.params["janusflow"],
-                tokens[prompt_ids[ids]],
-                lengths[prompt_ids[ids]],
-                z,
-                grid.timesteps,
-                grid.dt,
-                np.float32(options.guidance_scale),
-                solver=options.solver,
-                guided=options.guidance_scale != 1,
-                interval=options.guidance_interval,
-            )
+            with self._on_mesh():
+                latents = sample_latents(
+                    self.model,
+                    self.params["janusflow"],
+                    self._place(tokens[prompt_ids[ids]]),
+                    self._place(lengths[prompt_ids[ids]]),
+                    z,
+                    grid.timesteps,
+                    grid.dt,
+                    np.float32(options.guidance_scale),
+                    solver=options.solver,
+                    guided=options.guidance_scale != 1,
+                    interval=options.guidance_interval,
+                )
             yield self.decode(latents)[: len(prompt_ids) - first]
 
     def decode(self, latents: jax.Array) -> np.ndarray:
         """[B, h, w, c] latents -> uint8 [B, H, W, 3], a few at a time."""
         if self.vae is None:
-            return images.to_uint8(np.asarray(latents))
-        chunk = min(VAE_BATCH, len(latents))
+            return images.to_uint8(fetch(latents))
+        chunk = min(self.rows(1) * VAE_BATCH, len(latents))
         pixels = []
         for first in range(0, len(latents), chunk):
             ids = np.minimum(np.arange(first, first + chunk), len(latents) - 1)
-            decoded = decode_latents(self.vae, self.params["vae"], latents[ids])
-            pixels.append(images.to_uint8(np.asarray(decoded)))
+            part = self._place(latents[ids])
+            with self._on_mesh():
+                decoded = decode_latents(self.vae, self.params["vae"], part)
+            pixels.append(images.to_uint8(fetch(decoded)))
         return np.concatenate(pixels)[: len(latents)]
 
     def answer(
@@ -285,7 +286,8 @@ class Pipeline:
         every answer, every few tokens; the last one is the result. Raises ValueError in one
         sentence for an empty or overlong question and for images without a placeholder.
         """
-        tokenizer = self.tokenizer
+        tokenizer, count = self.tokenizer, len(questions)
+        questions = [*questions, *questions[-1:] * (self.rows(count) - count)]
         rows = [
             prompts.understanding_tokens(tokenizer, question.messages, len(question.images))
             for question in questions
@@ -295,26 +297,28 @@ class Pipeline:
             self._check(row, reserve, "question and answer")
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
         pixels, slots = self._place_images(questions, rows, tokens.shape[1])
-        state = prefill(
-            self.model, self.params["janusflow"], tokens, lengths, pixels, slots, reserve
-        )
         ids = np.array([question.id for question in questions])
-        keys = jax.vmap(lambda i: rng.fold(options.seed, "answer", i))(ids)
+        ids, *given = map(self._place, (ids, tokens, lengths, pixels, slots))
+        with self._on_mesh():
+            keys = jax.vmap(lambda i: rng.fold(options.seed, "answer", i))(ids)
+            state = prefill(self.model, self.params["janusflow"], *given, reserve)
         written = np.zeros((len(rows), 0), np.int32)
         while written.shape[1] < options.max_new_tokens:
-            state, new = decode(
-                self.model,
-                self.params["janusflow"],
-                state,
-                keys,
-                np.float32(options.temperature),
-                np.float32(options.top_p),
-                np.int32(tokenizer.eos_id),
-                DECODE_CHUNK,
-            )
-            written = np.concatenate([written, new], axis=1)[:, : options.max_new_tokens]
-            yield [tokenizer.decode(until(row, tokenizer.eos_id)).strip() for row in written]
-            if np.all(state.done):
+            with self._on_mesh():
+                state, new = decode(
+                    self.model,
+                    self.params["janusflow"],
+                    state,
+                    keys,
+                    np.float32(options.temperature),
+                    np.float32(options.top_p),
+                    np.int32(tokenizer.eos_id),
+                    DECODE_CHUNK,
+                )
+            written = np.concatenate([written, fetch(new)], axis=1)[:, : options.max_new_tokens]
+            shown = (until(row, tokenizer.eos_id) for row in written[:count])
+            yield [tokenizer.decode(row).strip() for row in shown]
+            if np.all(fetch(state.done)):
                 return
 
     def _place_images(

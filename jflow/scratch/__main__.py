@@ -38,9 +38,9 @@ class ScratchConfig:
     intermediate_size: int = 384
     num_layers: int = 4
     num_heads: int = 4
-    channels: int = 64
+    channels: int = 96
     encoder_blocks: int = 1
-    decoder_blocks: int = 2
+    decoder_blocks: int = 3
     seed: int = 0
 
 

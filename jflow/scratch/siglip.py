@@ -36,7 +36,7 @@ from jflow.scratch.tokenizer import tokenizer_files
 
 INVENTORY_TOKENS = 28  # four objects
 STATEMENT_TOKENS = 6
-STATEMENTS = 2  # of each picture
+STATEMENTS = 3  # of each picture
 RETRIEVAL = 64  # candidates
 
 
@@ -51,10 +51,10 @@ class ContrastiveConfig:
         )
     )
     text_layers: int = 2
-    examples: int = 40_000
+    examples: int = 60_000
     batch_size: int = 64
-    steps: int = 2_500
-    alone_steps: int = 700
+    steps: int = 5_500
+    alone_steps: int = 800
     warmup_steps: int = 100
     learning_rate: float = 1e-3
     seed: int = 0

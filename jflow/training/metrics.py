@@ -27,11 +27,12 @@ def means(steps: list[Sums]) -> dict[str, float]:
 class Meter:
     """Adds up steps, and what the time went to, between two lines of the log.
 
-    Args: cost: of the model's step; peak: operations per second of all devices together.
+    Args: cost: of the model's step; peak: operations per second of all devices together; shares:
+      how many equal ones of a batch `add` is given one of.
     """
 
-    def __init__(self, cost: Cost, peak: float):
-        self._cost, self._peak = cost, peak
+    def __init__(self, cost: Cost, peak: float, shares: int = 1):
+        self._cost, self._peak, self._shares = cost, peak, shares
         self._clear()
 
     def _clear(self):
@@ -49,10 +50,10 @@ class Meter:
         self._spent[cause] = self._spent.get(cause, 0.0) + time.perf_counter() - began
 
     def add(self, sums: Sums, batch: Batch, padding: float) -> None:
-        """A step. batch: this process's rows, numpy arrays; others are taken to do as much."""
+        """A step. batch: a share of its rows, numpy arrays; the others are taken to do as much."""
         self._sums.append(sums)
         self._padding.append(padding)
-        self._work += np.array(count_work(batch)) * jax.process_count()
+        self._work += np.array(count_work(batch)) * self._shares
 
     def read(self) -> dict[str, float]:
         """The `means` since the last call, speeds and shares of time; begins anew.

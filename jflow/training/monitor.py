@@ -82,6 +82,22 @@ class Log:
             self._wandb.finish()
 
 
+class NoLog:
+    """Takes what a Log takes and keeps nothing: on all processes but the first."""
+
+    def go_back(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        pass
+
+    def write_samples(self, step: int, picture: np.ndarray | None, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]

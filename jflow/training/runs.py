@@ -5,12 +5,15 @@ ones, with the rest of the training state beside them. RUN/metrics.jsonl and RUN
 log, RUN/samples what was drawn on the way.
 """
 
+import re
 import sys
 from pathlib import Path
 
-from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jflow import checkpoints
+from jflow import checkpoints, distributed
 from jflow.checkpoint_writer import Writer, remove_unfinished
 from jflow.config import to_dict
 from jflow.training import lora
@@ -48,8 +51,10 @@ def folder(run: Path, step: int) -> Path:
 class Checkpoints:
     """Those of one run; writes them in the background.
 
+    Where there are several processes all of them call these methods together.
+
     Args:
-      run: the run folder, made where it does not exist.
+      run: the run folder, made where it does not exist, on a disk that all processes share.
       models: {"janusflow", "siglip", "vae"} as jflow.convert stores them; files: the tokenizer's.
 
     Raises OSError in one sentence for a folder that cannot be written.
@@ -57,22 +62,21 @@ class Checkpoints:
 
     def __init__(self, run: Path, models: dict, files: dict[str, str], config: TrainConfig):
         self._run, self._models, self._files, self._config = run, models, files, config
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            probe = run / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
+        distributed.by_first(lambda: _prepare(run))
+        if not run.is_dir():
             raise OSError(
-                f"The run folder {run} cannot be written ({error.strerror}): make it writable, or "
-                f"choose another with --run."
-            ) from error
-        remove_unfinished(run)
+                f"Process 0 made the run folder {run}, which is not there for process "
+                f"{jax.process_index()}: choose one on a disk that they share, with --run."
+            )
         self._writer = Writer()
-        self._losses = {step: _loss(folder(run, step)) for step in steps(run)}
+        self._losses = {step: _loss(folder(run, step)) for step in self._steps()}
         # Steps whose checkpoint is of this very course of training: not a damaged one, nor one
         # that a rewind left behind.
         self._written: set[int] = set()
+
+    def _steps(self) -> list[int]:
+        """`steps`, the same on all processes."""
+        return distributed.by_first(lambda: steps(self._run))
 
     def save(self, state: TrainState) -> Path:
         """Begins to write the checkpoint of the state's step; returns its folder-to-be.
@@ -92,7 +96,7 @@ class Checkpoints:
                 f"learning rate."
             )
         # The guard's level, a mean over the last 100 steps; None before the first one.
-        self._losses[step] = float(state.guard.mean[0]) if state.guard.count else None
+        self._losses[step] = float(np.asarray(state.guard.mean)[0]) if state.guard.count else None
         self._writer.save(
             target,
             lora.merge(merge(state.ema, state.frozen), self._config.lora),
@@ -136,18 +140,20 @@ class Checkpoints:
         A damaged checkpoint is named and the one before it used. Raises ValueError for checkpoints
         of another config.
 
-        Args: like: a state of the same run, arrays or jax.ShapeDtypeStruct.
+        Args: like: a state of the same run, arrays or jax.ShapeDtypeStruct; each leaf is read to
+          where it lies there (sharding.abstract), no process reads more than its devices hold.
         """
         self._writer.wait()
         self._written = set()
-        for step in steps(self._run):
+        for step in self._steps():
             if step <= before:
                 try:
                     found = self._read(folder(self._run, step), like)
                     self._written.add(step)
                     return found
                 except checkpoints.DamagedError as error:
-                    print(f"{error} Going on from the checkpoint before it.", file=sys.stderr)
+                    if distributed.is_first():
+                        print(f"{error} Going on from the checkpoint before it.", file=sys.stderr)
         return None
 
     def _read(self, path: Path, like: TrainState) -> TrainState:
@@ -159,10 +165,18 @@ class Checkpoints:
                 f"{path} was trained with another {', '.join(changed)}: use another --run folder, "
                 f"or the same config."
             )
-        params, _, _ = checkpoints.load_checkpoint(path)
+        averaged = like.ema | like.frozen
+        places = unflatten_dict(
+            {
+                name: checkpoints.place_of(leaf)
+                for name, leaf in averaged.items()
+                if not re.match(lora.FACTORS, name)
+            },
+            sep="/",
+        )
+        rest = {name: getattr(like, name) for name in _REST} | {"lora": lora.unmerged(averaged)}
+        params, _, _ = checkpoints.load_checkpoint(path, sharding=places)
         averaged = flatten_dict(params, sep="/")
-        rest = {name: getattr(like, name) for name in _REST}
-        rest |= {"lora": lora.unmerged(like.ema | like.frozen)}
         rest = checkpoints.load_state(path, rest)
         averaged |= rest.pop("lora")
         return like.replace(
@@ -170,6 +184,21 @@ class Checkpoints:
             frozen={name: averaged[name] for name in like.frozen},
             **rest,
         )
+
+
+def _prepare(run: Path) -> None:
+    """Makes a run folder that can be written, and removes what unfinished saves left in it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        probe = run / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"The run folder {run} cannot be written ({error.strerror}): make it writable, or "
+            f"choose another with --run."
+        ) from error
+    remove_unfinished(run)
 
 
 def _loss(path: Path) -> float | None:

@@ -4,8 +4,10 @@ import os
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jflow import images
+from jflow.distributed import is_first
 from jflow.images import ImageProcessor
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
 from jflow.prompts import Message, Tokenizer, user_question
@@ -18,6 +20,9 @@ from jflow.training.state import TrainState, parameters
 class Sampler:
     """Draws and asks with the parameters of a state, raw and averaged.
 
+    mesh: that the states lie on, None for one device. All processes draw and ask together, the
+    first one writes.
+
     Raises FileNotFoundError or ValueError in one sentence where there is nothing to draw or ask,
     and for images that cannot be read.
     """
@@ -28,6 +33,7 @@ class Sampler:
         modules: Modules,
         tokenizer: Tokenizer,
         processor: ImageProcessor,
+        mesh: Mesh | None = None,
     ):
         if config.every and not (config.prompts or config.questions):
             raise ValueError("samples.every asks for samples: give samples.prompts or .questions.")
@@ -38,6 +44,7 @@ class Sampler:
             vae=modules.vae,
             tokenizer=tokenizer,
             processor=processor,
+            mesh=mesh,
         )
         self._questions = [
             Question(
@@ -73,20 +80,25 @@ class Sampler:
     def write(self, run: Path, step: int, state: TrainState) -> tuple[np.ndarray | None, str]:
         """Writes RUN/samples/STEP.png and .txt; returns the picture and the text."""
         config, path = self._config, run / "samples" / f"{step:08d}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture, text = self.draw(state), ""
+        picture, answers, text = self.draw(state), self.answer(state), ""
         if picture is not None:
             prompts = "\n".join(config.prompts)
             text += f"{path.name}.png: raw parameters above, EMA below; the prompts:\n{prompts}\n"
-            about = {"prompts": prompts, "step": str(step), "seed": str(config.seed)}
-            images.save_png(picture, path.with_suffix(".png"), about)
-        answers = self.answer(state)
         for (file, question), (raw, averaged) in zip(config.questions, answers, strict=True):
             text += f"\n{file}: {question}\n  raw: {raw}\n  EMA: {averaged}\n"
+        if is_first():
+            self._save(path, step, picture, text)
+        return picture, text
+
+    def _save(self, path: Path, step: int, picture: np.ndarray | None, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if picture is not None:
+            prompts = "\n".join(self._config.prompts)
+            about = {"prompts": prompts, "step": str(step), "seed": str(self._config.seed)}
+            images.save_png(picture, path.with_suffix(".png"), about)
         partial = path.with_name(f".{path.name}.txt.tmp")
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path.with_suffix(".txt"))
-        return picture, text
 
     def _pipeline(self, state: TrainState, ema: bool) -> Pipeline:
         return Pipeline(params=merge(parameters(state, ema), self._lora), **self._parts)

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Runs a command again until it ends well; train.py continues from its last checkpoint each time.
+#
+#     scripts/until_done.sh python train.py --config configs/pretrain.py
+#
+# Gives up, with the command's exit status, after TRIES (5) failures in a row of which each came
+# within QUICK (900) seconds: a mistake, then, and no lost machine. Waits PAUSE (10) seconds before
+# each new try. SIGTERM and SIGINT reach the command as SIGTERM, and end the repetition.
+set -u
+tries=${TRIES:-5} quick=${QUICK:-900} pause=${PAUSE:-10}
+child='' told='' failures=0
+
+tell() {
+    told=yes
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
+}
+trap tell TERM INT
+
+# Waits for a process although signals end a wait; its exit status.
+wait_for() {
+    local status=0
+    wait "$1" || status=$?
+    while kill -0 "$1" 2>/dev/null; do
+        status=0
+        wait "$1" || status=$?
+    done
+    return $status
+}
+
+while true; do
+    began=$SECONDS status=0
+    "$@" &
+    child=$!
+    [ -z "$told" ] || tell
+    wait_for "$child" || status=$?
+    child=''
+    if [ $status -eq 0 ] || [ -n "$told" ]; then
+        exit $status
+    fi
+    if [ $((SECONDS - began)) -ge "$quick" ]; then
+        failures=0
+    fi
+    failures=$((failures + 1))
+    echo "until_done.sh: exit status $status after $((SECONDS - began)) s (failure $failures)" >&2
+    if [ "$failures" -ge "$tries" ]; then
+        exit $status
+    fi
+    sleep "$pause" &
+    wait_for $!
+    [ -z "$told" ] || exit $status
+done

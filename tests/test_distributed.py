@@ -1,0 +1,286 @@
+"""Runs of several processes, real ones that meet on this machine, and what ends them."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from jflow import distributed, sharding
+from jflow.training import runs
+from tests.goldens import REPO
+from tests.processes import quadratic
+from tests.test_train import command, contents, equal, log  # noqa: F401 (a fixture)
+
+FLAGS = [
+    # Processes share busy cores: none of them is to be given up as lost.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+    "--xla_cpu_collective_timeout_seconds=300",
+    "--xla_backend_optimization_level=0",
+]
+MORE = ["trainable=('janusflow/language_model/',)", "data.threads=2"]
+# A lost process may also keep the others from ending by an error of their own.
+END_SECONDS = distributed.LOST_SECONDS + distributed.FAILED_SECONDS + 30
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Processes:
+    """`count` processes of one run of tests.processes."""
+
+    def __init__(self, arguments: list[str], run: Path, count: int, pause: float = 0.0):
+        address = f"127.0.0.1:{free_port()}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": " ".join(FLAGS),
+            "PAUSE": str(pause),
+            "PYTHONUNBUFFERED": "1",
+        }
+        train_py = [sys.executable, "-m", "tests.processes", *arguments, "--run", str(run)]
+        self.run, self.logs, self.all = run, [], []
+        for i in range(count):
+            own = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
+            self.logs.append(run.with_name(f"{run.name}.{i}.log"))
+            with self.logs[-1].open("w") as output:
+                process = subprocess.Popen(
+                    [*train_py, *own], cwd=REPO, env=environment, stdout=output, stderr=output
+                )
+            self.all.append(process)
+
+    def printed(self) -> list[str]:
+        return [file.read_text() for file in self.logs]
+
+    def wait_for(self, text: str) -> None:
+        """Until process 0 has printed it."""
+        while text not in self.logs[0].read_text():
+            assert not any(process.poll() for process in self.all), self.printed()
+            time.sleep(0.05)
+
+    def finish(self) -> list[str]:
+        codes = [process.wait() for process in self.all]
+        assert not any(codes), (codes, self.printed())
+        return self.printed()
+
+
+@pytest.fixture
+def begin(command, tmp_path):  # noqa: F811
+    """Starts processes, and kills what is left of them."""
+    begun = []
+
+    def start(name: str, count: int, *more: str, pause: float = 0.0) -> Processes:
+        begun.append(Processes([*command, *MORE, *more], tmp_path / name, count, pause))
+        return begun[-1]
+
+    yield start
+    for processes in begun:
+        for process in processes.all:
+            process.kill()
+            process.wait()
+
+
+def alone(command, run: Path, *more: str) -> None:  # noqa: F811
+    assert train.main([*command, *MORE, *more, "--run", str(run)]) == 0
+
+
+def assert_same_course(run: Path, other: Path, step: int) -> None:
+    """The same batches, losses within 1e-5, and what they lead to."""
+    ours, want = log(run), log(other)
+    for name in ("step", "ids", "tokens"):
+        assert [line[name] for line in ours] == [line[name] for line in want]
+    for name in ("rf", "gradient_norm"):
+        np.testing.assert_allclose(
+            [line[name] for line in ours], [line[name] for line in want], rtol=1e-5
+        )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, contents(run, step), contents(other, step))
+
+
+def test_two_processes_do_what_one_does(begin, command, tmp_path, monkeypatch):  # noqa: F811
+    """Told to stop - one of them - both save the same step; one process goes on from there."""
+    both, one = tmp_path / "both", tmp_path / "one"
+    two = begin("both", 2, "steps=1000", "save_every=1000", pause=0.1)
+    two.wait_for("rf=")
+    two.all[1].send_signal(signal.SIGTERM)
+    first, second = two.finish()
+    stopped = log(both)[-1]["step"]
+    assert stopped < 1000 and runs.steps(both) == [stopped]
+    assert f"step {stopped} is saved in" in first and "step" not in second
+    for text in (first, second):
+        (held,) = re.findall(r"holds (\S+) of the state", text)
+        assert float(held) < 0.6
+    written = {file.name for file in (both / f"{stopped:08d}" / "state").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= written
+
+    monkeypatch.setattr(train, "janusflow", quadratic)
+    for run in (both, one):
+        alone(command, run, f"steps={stopped + 2}")
+    assert len({line["ids"] for line in log(one)}) > 2
+    assert_same_course(both, one, stopped + 2)
+
+
+MEETING = """
+import sys
+from jflow import distributed
+number = int(sys.argv[2])
+distributed.start(sys.argv[1], 2, number, seconds=200)
+assert distributed.by_first(lambda: [number]) == [0]
+try:
+    distributed.by_first(lambda: open("nowhere"))
+except OSError as error:
+    assert "nowhere" in str(error)
+with distributed.failing_together():
+    if number == 1:
+        raise ValueError("Only here.")
+    distributed.gather_texts("waits in vain")
+"""
+
+
+def test_a_process_that_fails_alone_ends_all():
+    """It says why; the other one does not wait for ever."""
+    address = f"127.0.0.1:{free_port()}"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEETING, address, str(number)],
+            cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(FLAGS)},
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    said, _ = both[1].communicate()
+    assert both[1].returncode == 2 and said.endswith("Process 1 ends:\nValueError: Only here.\n")
+    both[0].communicate(timeout=END_SECONDS)
+    assert both[0].returncode != 0
+
+
+def test_who_cannot_reach_the_others_says_so_in_time():
+    code = f"from jflow import distributed; distributed.start('127.0.0.1:{free_port()}', 2, 1, 3)"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 2 and time.monotonic() - began < 3 + 60  # to import JAX
+    (sentence,) = done.stderr.splitlines()
+    assert sentence.startswith("The 2 processes, at 127.0.0.1:")
+    assert "did not all connect within 3 seconds" in sentence
+
+
+def test_flags_that_say_too_little_are_refused_and_one_process_is_alone():
+    for given in (("127.0.0.1:1", 2, None), (None, 2, 0), (None, None, 1), ("a:1", 2, 2)):
+        with pytest.raises(ValueError, match="give all three or none"):
+            distributed.start(*given)
+    distributed.start(processes=1)
+    distributed.start()
+    assert not jax.distributed.is_initialized() and distributed.is_first()
+    assert distributed.by_first(lambda: {"a": 1}) == {"a": 1}
+
+
+@dataclass
+class Device:
+    process_index: int
+
+
+class FakeMesh:
+    """What `row_share` looks at. owners: [data, fsdp, tensor], the devices' processes."""
+
+    def __init__(self, owners):
+        owners = np.array(owners)
+        self.shape = dict(zip(("data", "fsdp", "tensor"), owners.shape, strict=True))
+        devices = [Device(int(process)) for process in owners.flat]
+        self.devices = np.array(devices, object).reshape(owners.shape)
+
+
+@pytest.mark.parametrize(
+    "owners, want",
+    [
+        ([[[0]]], [(0, 1)]),
+        ([[[0], [0]], [[1], [1]]], [(0, 2), (1, 2)]),
+        ([[[1], [0], [1], [0]]], [(1, 2), (0, 2)]),
+        # `tensor` within processes, across all of them, and across two by two.
+        ([[[0, 0], [1, 1]]], [(0, 2), (1, 2)]),
+        ([[[0, 0, 1, 1]]], [(0, 1), (0, 1)]),
+        ([[[0, 1], [0, 1]]], [(0, 1), (0, 1)]),
+        ([[[0, 1], [2, 3]]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_every_process_has_one_share_of_the_rows(monkeypatch, owners, want):
+    found = []
+    monkeypatch.setattr(jax, "process_count", lambda: len(want))
+    for process in range(len(want)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(sharding.row_share(FakeMesh(owners)))
+    assert found == want
+
+
+def test_processes_that_share_a_part_of_their_rows_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="mesh.tensor=2 does not fit the processes"):
+        sharding.row_share(FakeMesh([[[0, 0], [0, 1], [1, 1]]]))
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_where_two_stopped(begin, command, tmp_path, monkeypatch):  # noqa: F811
+    begin("many", 2, "steps=3").finish()
+    begin("many", 4, "steps=6", "mesh.data=2").finish()
+    monkeypatch.setattr(train, "janusflow", quadratic)
+    alone(command, tmp_path / "one", "steps=6")
+    assert_same_course(tmp_path / "many", tmp_path / "one", 6)
+
+
+@pytest.mark.slow
+def test_a_mesh_whose_tensor_axis_joins_the_processes(begin, command, tmp_path, monkeypatch):  # noqa: F811
+    """Both read all rows."""
+    begin("joined", 2, "steps=3", "mesh.tensor=2").finish()
+    monkeypatch.setattr(train, "janusflow", quadratic)
+    alone(command, tmp_path / "one", "steps=3")
+    assert_same_course(tmp_path / "joined", tmp_path / "one", 3)
+
+
+@pytest.mark.slow
+def test_five_kills_of_one_process_lose_nothing(begin, tmp_path):
+    """At random moments, most of them in the middle of a save: the other process ends in time, and
+    the restarts come to what an uninterrupted run comes to, bit for bit."""
+    rng, run = np.random.default_rng(0), tmp_path / "killed"
+    for kill in range(5):
+        before = runs.steps(run)
+        two = begin("killed", 2, "steps=24", "save_every=1", pause=1.0)
+        two.wait_for("rf=")  # The first step is logged, and its save begins.
+        while kill % 2 and runs.steps(run)[:1] == before[:1]:
+            assert not any(process.poll() for process in two.all), two.printed()
+            time.sleep(0.05)
+        time.sleep(float(rng.uniform(0, 2)))
+        victim = int(rng.integers(2))
+        two.all[victim].kill()
+        two.all[1 - victim].wait(timeout=END_SECONDS)
+        assert two.all[1 - victim].returncode != 0
+    begin("killed", 2, "steps=24", "save_every=100").finish()
+    begin("whole", 2, "steps=24", "save_every=100").finish()
+    equal(run, tmp_path / "whole", 24)
+
+
+@pytest.mark.slow
+def test_two_processes_draw_and_answer_together(begin, command, tmp_path, monkeypatch):  # noqa: F811
+    cat = str(REPO / "docs" / "cat.jpg")
+    more = (
+        "steps=1", "samples.prompts=('a cat', 'a dog', 'tea')", "samples.steps=1",
+        f"samples.questions=(({cat!r}, 'What?'),)", "samples.every=9", "samples.max_new_tokens=3",
+    )  # fmt: skip
+    begin("both", 2, *more).finish()
+    monkeypatch.setattr(train, "janusflow", quadratic)
+    alone(command, tmp_path / "one", *more)
+    ours, want = tmp_path / "both" / "samples", tmp_path / "one" / "samples"
+    assert {file.name for file in ours.iterdir()} == {"00000000.png", "00000000.txt"}
+    assert (ours / "00000000.txt").read_text() == (want / "00000000.txt").read_text()
+    pictures = [np.asarray(Image.open(f / "00000000.png"), np.int32) for f in (ours, want)]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1

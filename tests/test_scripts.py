@@ -1,0 +1,158 @@
+"""The scripts, with commands that fail as told and stand-ins for gcloud, srun and scontrol."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.goldens import REPO
+
+UNTIL_DONE = [str(REPO / "scripts" / "until_done.sh"), "bash", "-c"]
+
+
+def begin(command: str, folder, **settings: str) -> subprocess.Popen:
+    environment = os.environ | {"PAUSE": "0"} | settings
+    return subprocess.Popen(
+        [*UNTIL_DONE, command], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def turns(folder) -> int:
+    return len((folder / "turns").read_text().splitlines())
+
+
+def test_a_command_is_run_until_it_ends_well(tmp_path):
+    run = begin("echo >> turns; [ $(wc -l < turns) = 3 ] || exit 7", tmp_path)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 0 and turns(tmp_path) == 3
+    assert said.count("exit status 7") == 2
+
+
+def test_a_command_that_only_fails_is_given_up_with_its_status(tmp_path):
+    run = begin("echo >> turns; exit 7", tmp_path, TRIES="4")
+    run.communicate(timeout=60)
+    assert run.returncode == 7 and turns(tmp_path) == 4
+
+
+def test_failures_far_apart_are_lost_machines(tmp_path):
+    """With QUICK=0 none is too quick, and none counts."""
+    run = begin("echo >> turns; [ $(wc -l < turns) = 6 ] || exit 7", tmp_path, TRIES="2", QUICK="0")
+    run.communicate(timeout=60)
+    assert run.returncode == 0 and turns(tmp_path) == 6
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_sigterm_reaches_the_command_and_ends_the_repetition(tmp_path, status):
+    """The command is given the time that it takes to save."""
+    saving = f"trap 'sleep 0.5; echo saved > saved; exit {status}' TERM"
+    run = begin(f"{saving}; echo >> turns; while true; do sleep 0.1; done", tmp_path)
+    while not (tmp_path / "turns").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode == status and turns(tmp_path) == 1
+    assert (tmp_path / "saved").exists()
+
+
+def put(file: Path, script: str) -> None:
+    """An executable in bash."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/usr/bin/env bash\n{script}\n")
+    file.chmod(0o755)
+
+
+def wait_for(file: Path, text: str) -> str:
+    """What is in the file once it has this text."""
+    for _ in range(600):
+        if file.exists() and text in file.read_text():
+            return file.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} is not in {file}")
+
+
+# A train.py that notes its arguments, goes on until it is told to stop, and takes time to save.
+TRAIN = """printf '<%s>' "$@" > noted; trap 'sleep 0.3; echo saved >> noted; exit 0' TERM
+echo begun >> noted; while true; do sleep 0.1; done"""
+
+
+def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
+    """The stand-in for gcloud runs here what it is to run on the hosts."""
+    put(
+        tmp_path / "bin" / "gcloud",
+        f"""printf '%s ' "$@" >> {tmp_path}/calls
+        cd {tmp_path}
+        while [ $# -gt 0 ]; do [ "$1" != --command ] || eval "$2"; shift; done""",
+    )
+    put(tmp_path / "jflow" / ".venv" / "bin" / "python", TRAIN)
+    put(tmp_path / "jflow" / "scripts" / "until_done.sh", f'exec {UNTIL_DONE[0]} "$@"')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    settings = {"TPU": "slice", "ZONE": "z", "TYPE": "v5litepod-64", "RUNTIME": "r", "PATH": path}
+
+    def tpu(*arguments):
+        command = [str(REPO / "scripts" / "tpu.sh"), *arguments]
+        return subprocess.run(command, env=os.environ | settings, timeout=60, check=False)
+
+    assert tpu("create", "--spot").returncode == 0
+    calls = (tmp_path / "calls").read_text()
+    assert "create slice --zone z --accelerator-type v5litepod-64 --version r --spot" in calls
+    assert tpu("train", "--config", "a b.py", "name='x y'").returncode == 0
+    noted = wait_for(tmp_path / "jflow" / "noted", "begun")
+    assert noted.startswith("<train.py><--config><a b.py><name='x y'>")
+    assert tpu("stop").returncode == 0
+    wait_for(tmp_path / "jflow" / "noted", "saved")
+    assert tpu("fly").returncode == 2
+
+
+@pytest.mark.parametrize("sent, requeued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path, sent, requeued):
+    put(tmp_path / "bin" / "srun", f"shift 2\n{TRAIN}")
+    put(tmp_path / "bin" / "scontrol", 'echo "$@" > requeue')
+    put(tmp_path / "scripts" / "until_done.sh", f'exec {UNTIL_DONE[0]} "$@"')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    job = subprocess.Popen(
+        ["bash", str(REPO / "scripts" / "slurm.sbatch"), "--config", "a b.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17"},
+    )
+    noted = wait_for(tmp_path / "noted", "begun")
+    assert noted.startswith("<train.py><--config><a b.py>")
+    job.send_signal(sent)
+    assert job.wait(timeout=60) == 0
+    assert "saved" in (tmp_path / "noted").read_text()
+    assert (tmp_path / "requeue").exists() == requeued
+    assert not requeued or (tmp_path / "requeue").read_text() == "requeue 17\n"
+
+
+def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
+    """A stand-in for python: the goldens fail, the benchmarks write figures."""
+    figures = json.dumps({"date": "d", "hardware": "x", "versions": {}, "rows": []})
+    put(
+        tmp_path / "python",
+        f"""case "$*" in
+        *report.py*) exec {sys.executable} "$@" ;;
+        *test_goldens*) echo wrong; exit 3 ;;
+        *step.py*) echo '{figures}' >"${{@: -1}}" ;;
+        esac""",
+    )
+    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python")}
+    command = ["bash", str(REPO / "benchmarks" / "gpu.sh"), "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    (found,) = (tmp_path / "out").glob("*_cpu.json")
+    figures = json.loads(found.read_text())
+    status = {name: check["status"] for name, check in figures["checks"].items()}
+    assert status == {"attention": 0, "goldens": 3, "step": 0, "step_alone": 0, "sampling": 0}
+    assert figures["hardware"] == "x" and figures["step"] == {"rows": []}
+    (log,) = (tmp_path / "out").glob("*_goldens.txt")
+    assert log.read_text() == "wrong\n" and "| goldens | failed |" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["scripts/tpu.sh", "scripts/slurm.sbatch", "benchmarks/gpu.sh"])
+def test_scripts_are_valid(name):
+    subprocess.run(["bash", "-n", name], cwd=REPO, check=True)

@@ -1,0 +1,73 @@
+"""The training step's benchmark: what its batches hold, and the tables of the figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jflow.training import flops
+from tests.goldens import REPO
+
+
+@pytest.fixture(autouse=True)
+def scripts_folder(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_batches_hold_full_samples(rows):
+    """The work of `packed` samples of 643 positions, as flops.count_work finds it by segments."""
+    import step
+
+    size = step.replace(step.SIZES["tiny"], packed=2, length=1300)
+    samples, tokens = 2 * rows, 2 * rows * 643
+    pairs = samples * 643 * 644 // 2
+    for task in (step.DRAW_CACHED, step.DRAW_FEATURES):
+        batch = step.make_batch(size, task, rows)
+        assert flops.count_work(batch) == (tokens, pairs, 0, 0, samples)
+        assert (batch.images.pixels is None) == (task == step.DRAW_FEATURES)
+        # Time token and latents end each sample.
+        np.testing.assert_array_equal(batch.images.slots[:, :, -1], [[642, 1285]] * rows)
+    batch = step.make_batch(size, step.UNDERSTAND, rows)
+    assert flops.count_work(batch) == (tokens, pairs, samples * (643 - 577 - 1), samples, 0)
+    row = batch.text
+    asked = row.targets >= 0
+    np.testing.assert_array_equal(row.targets[asked], np.roll(row.tokens, -1, 1)[asked])
+
+
+def test_full_size_costs_what_the_floors_say():
+    """design.md, section 3: 5.47 TFLOP for a sample with cached latents, 6.09 without, 6.03 to
+    understand if all 643 positions had logits, which in ours only the 65 of the answer have."""
+    import step
+
+    size, vae = step.SIZES["full"], step.VAEConfig()
+    understand = 6.03 - 3 * 2 * 2048 * 102400 * (643 - 65) / 1e12
+    trained = {
+        "language_model", "vision_und_enc_aligner", "vision_gen_enc_aligner", "repa",
+        "vision_gen_dec_aligner", "vision_gen_enc_model", "vision_gen_dec_model",
+    }  # fmt: skip
+    floors = {step.DRAW_CACHED: 5.47, step.DRAW: 6.09, step.UNDERSTAND: understand}
+    for task, teraflops in floors.items():
+        cost = flops.step_cost(size.model, vae, 2048, trained, step.CACHED[task])
+        one = cost.of(flops.count_work(step.make_batch(size, task, 1))) / size.packed
+        assert one == pytest.approx(1e12 * teraflops, rel=0.05)
+
+
+def test_parts_are_joined_and_made_into_tables(tmp_path, monkeypatch, capsys):
+    import report
+
+    origin = {"date": "2026-11-23T00:00:00", "hardware": "a GPU", "versions": {"jax": "1"}}
+    row = {"task": "generation", "rows": 1, "samples": 6, "remat": "full", "flops": 5e11}
+    rows = [row | {"seconds": s, "needed_bytes": 2e9} for s in (0.5, None)]
+    checks = {"goldens": {"status": 124, "seconds": 90}, "step": {"status": 0, "seconds": 7}}
+    for name, part in {"step": origin | {"rows": rows, "peak": 2e12}, "checks": checks}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    out = tmp_path / "out" / "gpu.json"
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path), "--out", str(out)])
+    report.main()
+    assert json.loads(out.read_text())["hardware"] == "a GPU"
+    shown = capsys.readouterr().out
+    assert shown.startswith("a GPU; jax 1; 2026-11-23")
+    assert "| generation | 6 in 1 | full | 500 | 12.0 | 1 | 50% | 2.0 |" in shown
+    assert "| generation | 6 in 1 | full | does not fit |" in shown
+    assert "| goldens | out of time | 90 |" in shown
