@@ -32,12 +32,15 @@ def get_config(name: str = "shapes", steps: int = 22_000) -> TrainConfig:
                 SourceConfig("generation", "tfds", f"{folder}/data", fields=FIELDS),
             ),
             mixture=(MixtureConfig(0, understanding=1, generation=2, text=0),),
+            # A window of each task is what one batch takes: none is made twice.
             batch_rows=12,
             max_seq_len=160,
-            understanding=WindowConfig(samples=36, rows=16),
-            generation=WindowConfig(samples=78, rows=16),
+            understanding=WindowConfig(samples=8, rows=4),
+            generation=WindowConfig(samples=38, rows=8),
             images_per_row=3,
             crops_per_row=5,
+            # More would wait for each other, and for the cores that train.
+            threads=1,
             cache=f"{folder}/cache",
         ),
         optimizer=OptimizerConfig(

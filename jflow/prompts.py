@@ -3,6 +3,7 @@
 Sources: processing_vlm.py and conversation.py of the released code (paper section 3.3).
 """
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -196,16 +197,16 @@ def understanding_tokens(
     """
     if any(message.role == "User" and not message.content.strip() for message in messages):
         raise ValueError("The question is empty: write what you want to know.")
-    ids = np.array(tokenizer.encode(chat_text(messages, system_prompt)), np.int32)
-    found = int(np.sum(ids == tokenizer.image_id))
+    ids = tokenizer.encode(chat_text(messages, system_prompt))
+    found = ids.count(tokenizer.image_id)
     if found != num_images:
         raise ValueError(
             f"The conversation has {found} {tokenizer.image_tag} but {num_images} images came "
             f"with it: write one for each image."
         )
     image = image_tokens(tokenizer)
-    parts = [image if i == tokenizer.image_id else [i] for i in ids]
-    return np.concatenate(parts).astype(np.int32)
+    filled = itertools.chain.from_iterable(image if i == tokenizer.image_id else (i,) for i in ids)
+    return np.fromiter(filled, np.int32)
 
 
 def image_slots(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
