@@ -79,7 +79,11 @@ def seconds(figures: program.Figures, place: Topology) -> float:
 def compiler_seconds(figures: program.Figures, place: Topology) -> float | None:
     """The compiler's own estimate, its kernels left out, which it knows nothing of; or None."""
     clock = place.hardware.clock
-    return figures.cycles / clock if clock and figures.cycles else None
+    if not clock or not figures.cycles:
+        return None
+    found = figures.cycles / clock
+    # On v6e some instructions are given cycles without end.
+    return found if found < 100 * seconds(figures, place) else None
 
 
 def attention(place: Topology) -> Implementation:
