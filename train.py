@@ -25,7 +25,7 @@ from jflow.data.cache import ImageCache
 from jflow.data.encode import open_cache
 from jflow.data.pipeline import checkpoint_loader
 from jflow.images import ImageProcessor
-from jflow.inference.pipeline import check_parts
+from jflow.inference.parts import check_parts
 from jflow.models import repa
 from jflow.models.attention import Implementation
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig

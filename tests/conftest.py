@@ -10,6 +10,14 @@ from tests.goldens import GOLDEN
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
+@pytest.fixture(scope="module")
+def quick_compiling():
+    """For modules whose time is mostly compiling."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny_ckpt(tmp_path_factory):
     """The golden checkpoint, converted as a user would."""

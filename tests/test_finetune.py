@@ -17,16 +17,9 @@ from jflow.inference.pipeline import ImageOptions, Pipeline
 from jflow.training.optimizer import PRETRAINING
 from tests.goldens import REPO
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 CONFIG = str(REPO / "configs" / "finetune.py")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiling():
-    """Compiling takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

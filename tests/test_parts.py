@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -21,6 +20,7 @@ from jflow.models.siglip import Siglip
 from tests.goldens import GOLDEN, REPO
 from tests.test_convert_engine import equal_bits, flatten
 
+pytestmark = pytest.mark.usefixtures("quick_compiling")
 VAE = GOLDEN / "vae_tiny"
 FILE = "model.safetensors"
 
@@ -79,14 +79,6 @@ def save_siglip(folder, whole: bool) -> torch.nn.Module:
     randomise(model)
     model.save_pretrained(folder)
     return model.vision_model if whole else model
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiling():
-    """Compiling takes most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,22 @@ class Rule(NamedTuple):
     pattern: str
 
 
+def linear_rules(hf: str, ours: str) -> tuple[Rule, Rule]:
+    """Of a linear layer with a bias, by the names before ".weight" and "/kernel"."""
+    return (
+        Rule(f"{hf}.weight", f"{ours}/kernel", "o i -> i o"),
+        Rule(f"{hf}.bias", f"{ours}/bias", "o -> o"),
+    )
+
+
+def norm_rules(hf: str, ours: str) -> tuple[Rule, Rule]:
+    """Of a norm with a bias, by the names before ".weight" and "/scale"."""
+    return (
+        Rule(f"{hf}.weight", f"{ours}/scale", "c -> c"),
+        Rule(f"{hf}.bias", f"{ours}/bias", "c -> c"),
+    )
+
+
 class Leaf(NamedTuple):
     """One array of our tree and the tensors it is made of.
 

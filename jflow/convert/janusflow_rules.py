@@ -1,25 +1,11 @@
 """Names of the released JanusFlow checkpoint and of our tree, side by side."""
 
-from jflow.convert.engine import Rule
+from jflow.convert.engine import Rule, linear_rules, norm_rules
 
 _LLM, _LAYER = "language_model.model", "language_model.model.layers.{l}"
 _OUR_LAYER = "language_model/layers/block"
 _VIT, _OUR_VIT = "vision_und_enc_model.vision_tower", "vision_und_enc_model"
 _BLOCK, _OUR_BLOCK = f"{_VIT}.blocks.{{l}}", f"{_OUR_VIT}/blocks"
-
-
-def _linear(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{hf}.weight", f"{ours}/kernel", "o i -> i o"),
-        Rule(f"{hf}.bias", f"{ours}/bias", "o -> o"),
-    )
-
-
-def _layer_norm(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{hf}.weight", f"{ours}/scale", "c -> c"),
-        Rule(f"{hf}.bias", f"{ours}/bias", "c -> c"),
-    )
 
 
 def _mid_block(part: str) -> tuple[Rule, ...]:
@@ -29,11 +15,11 @@ def _mid_block(part: str) -> tuple[Rule, ...]:
         Rule(f"{hf}.depthwise.weight", f"{ours}/depthwise_kernel", "c 1 h w -> h w c"),
         Rule(f"{hf}.depthwise.bias", f"{ours}/depthwise_bias", "c -> c"),
         Rule(f"{hf}.norm.weight", f"{ours}/norm/scale", "c -> c"),
-        *_linear(f"{hf}.channelwise_linear_1", f"{ours}/channelwise_linear_1"),
+        *linear_rules(f"{hf}.channelwise_linear_1", f"{ours}/channelwise_linear_1"),
         Rule(f"{hf}.channelwise_norm.weight", f"{ours}/channelwise_norm/weight", "1 1 1 c -> c"),
         Rule(f"{hf}.channelwise_norm.bias", f"{ours}/channelwise_norm/bias", "1 1 1 c -> c"),
-        *_linear(f"{hf}.channelwise_linear_2", f"{ours}/channelwise_linear_2"),
-        *_linear(f"{hf}.cond_embeds_mapper", f"{ours}/cond_embeds_mapper"),
+        *linear_rules(f"{hf}.channelwise_linear_2", f"{ours}/channelwise_linear_2"),
+        *linear_rules(f"{hf}.cond_embeds_mapper", f"{ours}/cond_embeds_mapper"),
     )
 
 
@@ -65,26 +51,26 @@ SIGLIP_RULES = (
     Rule(f"{_VIT}.pos_embed", f"{_OUR_VIT}/pos_embed", "1 n c -> 1 n c"),
     Rule(f"{_VIT}.patch_embed.proj.weight", f"{_OUR_VIT}/patch_embed_kernel", "o i h w -> h w i o"),
     Rule(f"{_VIT}.patch_embed.proj.bias", f"{_OUR_VIT}/patch_embed_bias", "c -> c"),
-    *_layer_norm(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1"),
-    *_linear(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv"),
-    *_linear(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj"),
-    *_layer_norm(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2"),
-    *_linear(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
-    *_linear(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
-    *_layer_norm(f"{_VIT}.norm", f"{_OUR_VIT}/norm"),
+    *norm_rules(f"{_BLOCK}.norm1", f"{_OUR_BLOCK}/norm1"),
+    *linear_rules(f"{_BLOCK}.attn.qkv", f"{_OUR_BLOCK}/attn/qkv"),
+    *linear_rules(f"{_BLOCK}.attn.proj", f"{_OUR_BLOCK}/attn/proj"),
+    *norm_rules(f"{_BLOCK}.norm2", f"{_OUR_BLOCK}/norm2"),
+    *linear_rules(f"{_BLOCK}.mlp.fc1", f"{_OUR_BLOCK}/mlp/fc1"),
+    *linear_rules(f"{_BLOCK}.mlp.fc2", f"{_OUR_BLOCK}/mlp/fc2"),
+    *norm_rules(f"{_VIT}.norm", f"{_OUR_VIT}/norm"),
     Rule(f"{_VIT}.attn_pool.latent", f"{_OUR_VIT}/attn_pool/latent", "1 1 c -> 1 1 c"),
     *(
         rule
         for name in ("q", "kv", "proj", "mlp.fc1", "mlp.fc2")
-        for rule in _linear(
+        for rule in linear_rules(
             f"{_VIT}.attn_pool.{name}", f"{_OUR_VIT}/attn_pool/{name.replace('.', '/')}"
         )
     ),
-    *_layer_norm(f"{_VIT}.attn_pool.norm", f"{_OUR_VIT}/attn_pool/norm"),
+    *norm_rules(f"{_VIT}.attn_pool.norm", f"{_OUR_VIT}/attn_pool/norm"),
 )
 
 GENERATION_RULES = (
-    *_linear(
+    *linear_rules(
         "vision_gen_enc_model.time_embed.linear_{i}", "vision_gen_enc_model/time_embed_linear_{i}"
     ),
     Rule(
@@ -120,8 +106,8 @@ JANUSFLOW_RULES = (
     *SIGLIP_RULES,
     *GENERATION_RULES,
     Rule("beg_of_und_embed", "beg_of_und_embed", "1 d -> 1 d"),
-    *_linear("vision_und_enc_aligner", "vision_und_enc_aligner"),
-    *_linear("vision_gen_enc_aligner", "vision_gen_enc_aligner"),
+    *linear_rules("vision_und_enc_aligner", "vision_und_enc_aligner"),
+    *linear_rules("vision_gen_enc_aligner", "vision_gen_enc_aligner"),
     Rule("vision_gen_dec_aligner_norm.weight", "vision_gen_dec_aligner_norm/scale", "d -> d"),
-    *_linear("vision_gen_dec_aligner", "vision_gen_dec_aligner"),
+    *linear_rules("vision_gen_dec_aligner", "vision_gen_dec_aligner"),
 )

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from jflow.convert.engine import Rule, Tensor
+from jflow.convert.engine import Rule, Tensor, linear_rules, norm_rules
 from jflow.models.siglip import SiglipConfig
 
 _BLOCK = "encoder.layers.{l}"
@@ -19,43 +19,29 @@ _NOT_VISION = re.compile(
 )
 
 
-def _linear(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{hf}.weight", f"{ours}/kernel", "o i -> i o"),
-        Rule(f"{hf}.bias", f"{ours}/bias", "o -> o"),
-    )
-
-
-def _norm(hf: str, ours: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{hf}.weight", f"{ours}/scale", "c -> c"),
-        Rule(f"{hf}.bias", f"{ours}/bias", "c -> c"),
-    )
-
-
 # From keys without their "vision_model.".
 HF_SIGLIP_RULES = (
     Rule("embeddings.position_embedding.weight", "pos_embed", "n c -> 1 n c"),
     Rule("embeddings.patch_embedding.weight", "patch_embed_kernel", "o i h w -> h w i o"),
     Rule("embeddings.patch_embedding.bias", "patch_embed_bias", "c -> c"),
-    *_norm(f"{_BLOCK}.layer_norm1", "blocks/norm1"),
+    *norm_rules(f"{_BLOCK}.layer_norm1", "blocks/norm1"),
     *(
         rule
         for name in "qkv"
-        for rule in _linear(f"{_BLOCK}.self_attn.{name}_proj", f"blocks/attn/{name}")
+        for rule in linear_rules(f"{_BLOCK}.self_attn.{name}_proj", f"blocks/attn/{name}")
     ),
-    *_linear(f"{_BLOCK}.self_attn.out_proj", "blocks/attn/proj"),
-    *_norm(f"{_BLOCK}.layer_norm2", "blocks/norm2"),
-    *_linear(f"{_BLOCK}.mlp.fc1", "blocks/mlp/fc1"),
-    *_linear(f"{_BLOCK}.mlp.fc2", "blocks/mlp/fc2"),
-    *_norm("post_layernorm", "norm"),
+    *linear_rules(f"{_BLOCK}.self_attn.out_proj", "blocks/attn/proj"),
+    *norm_rules(f"{_BLOCK}.layer_norm2", "blocks/norm2"),
+    *linear_rules(f"{_BLOCK}.mlp.fc1", "blocks/mlp/fc1"),
+    *linear_rules(f"{_BLOCK}.mlp.fc2", "blocks/mlp/fc2"),
+    *norm_rules("post_layernorm", "norm"),
     Rule("head.probe", "attn_pool/latent", "1 1 c -> 1 1 c"),
     Rule("head.attention.in_proj_weight", "attn_pool/qkv/kernel", "o i -> i o"),
     Rule("head.attention.in_proj_bias", "attn_pool/qkv/bias", "o -> o"),
-    *_linear("head.attention.out_proj", "attn_pool/proj"),
-    *_norm("head.layernorm", "attn_pool/norm"),
-    *_linear("head.mlp.fc1", "attn_pool/mlp/fc1"),
-    *_linear("head.mlp.fc2", "attn_pool/mlp/fc2"),
+    *linear_rules("head.attention.out_proj", "attn_pool/proj"),
+    *norm_rules("head.layernorm", "attn_pool/norm"),
+    *linear_rules("head.mlp.fc1", "attn_pool/mlp/fc1"),
+    *linear_rules("head.mlp.fc2", "attn_pool/mlp/fc2"),
 )
 
 

@@ -1,6 +1,6 @@
 """Where each parameter of diffusers' AutoencoderKL lies in jflow's (see engine.Rule)."""
 
-from jflow.convert.engine import Rule
+from jflow.convert.engine import Rule, norm_rules
 
 CONV, LINEAR, VECTOR = "o i h w -> h w i o", "o i -> i o", "d -> d"
 
@@ -20,18 +20,11 @@ def _product(hf: str, path: str, pattern: str) -> tuple[Rule, Rule]:
     )
 
 
-def _norm(hf: str, path: str) -> tuple[Rule, Rule]:
-    return (
-        Rule(f"{hf}.weight", f"{path}/scale", VECTOR),
-        Rule(f"{hf}.bias", f"{path}/bias", VECTOR),
-    )
-
-
 def _resnet(hf: str, path: str) -> tuple[Rule, ...]:
     return (
-        *_norm(f"{hf}.norm1", f"{path}/norm1"),
+        *norm_rules(f"{hf}.norm1", f"{path}/norm1"),
         *_product(f"{hf}.conv1", f"{path}/conv1", CONV),
-        *_norm(f"{hf}.norm2", f"{path}/norm2"),
+        *norm_rules(f"{hf}.norm2", f"{path}/norm2"),
         *_product(f"{hf}.conv2", f"{path}/conv2", CONV),
     )
 
@@ -48,12 +41,12 @@ def _half(half: str, level: str, resample: str) -> tuple[Rule, ...]:
         ),
         *_product(f"{hf_block}.{resample}.0.conv", f"{block}/{resample}_0/conv", CONV),
         *_resnet(f"{half}.mid_block.resnets.{{j}}", f"{half}/mid_block/resnets_{{j}}"),
-        *_norm(f"{hf_mid}.group_norm", f"{mid}/group_norm"),
+        *norm_rules(f"{hf_mid}.group_norm", f"{mid}/group_norm"),
         *_product(f"{hf_mid}.to_q", f"{mid}/to_q", LINEAR),
         *_product(f"{hf_mid}.to_k", f"{mid}/to_k", LINEAR),
         *_product(f"{hf_mid}.to_v", f"{mid}/to_v", LINEAR),
         *_product(f"{hf_mid}.to_out.0", f"{mid}/to_out_0", LINEAR),
-        *_norm(f"{half}.conv_norm_out", f"{half}/conv_norm_out"),
+        *norm_rules(f"{half}.conv_norm_out", f"{half}/conv_norm_out"),
         *_product(f"{half}.conv_out", f"{half}/conv_out", CONV),
     )
 

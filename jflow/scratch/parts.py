@@ -1,7 +1,12 @@
 """What training a part (SigLIP, the VAE) shares: the pictures, and a file of its weights."""
 
+import argparse
 import json
+import sys
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -10,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file, save
 from tqdm import tqdm
 
+from jflow.config import override
 from jflow.data import shapes
 from jflow.data.scenes import SIDE, Scene, render
 from jflow.images import to_uint8
@@ -46,3 +52,26 @@ def read(path: Path) -> tuple[dict, dict]:
     leaves = load_file(path.with_suffix(".safetensors"))
     params = {name: leaf.astype(np.float32) for name, leaf in leaves.items()}
     return config, unflatten_dict(params, sep="/")
+
+
+def command(name: str, doc: str, config: Any, make: Callable[[Any], tuple[dict, dict, str]]) -> int:
+    """`python -m NAME --out OUT [field=value ...]`: makes a part and writes it; the exit status.
+
+    Args:
+      doc: the help's text. config: the defaults, a frozen dataclass.
+      make: a config to (what describes the part, its parameters, how good it is).
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", required=True, type=Path, help="writes OUT.safetensors, OUT.json")
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    args = parser.parse_args()
+    try:
+        described, params, said = make(reduce(override, args.overrides, config))
+        write(args.out, described, params)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {said}")
+    return 0

@@ -12,12 +12,10 @@ the colors for thousands of steps; pictures of one object come first because sha
 from them alone in a few hundred.
 """
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +23,12 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.config import override
 from jflow.data.scenes import SIDE, Object, Scene
 from jflow.images import from_uint8
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.prompts import Tokenizer
-from jflow.scratch.parts import pictures, write
+from jflow.scratch.parts import command, pictures
 from jflow.scratch.tokenizer import tokenizer_files
 
 INVENTORY_TOKENS = 28  # four objects
@@ -223,23 +220,11 @@ def train(config: ContrastiveConfig) -> tuple[dict, float]:
     return jax.device_get(params["vit"]), float(np.mean(shares))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, type=Path, help="writes OUT.safetensors, OUT.json")
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
-    try:
-        config = reduce(override, args.overrides, ContrastiveConfig())
-        params, retrieval = train(config)
-        write(args.out, asdict(config.siglip), params)
-        print(f"{args.out}: the right one of {RETRIEVAL} texts for {retrieval:.1%} of new pictures")
-    except (ValueError, OSError) as error:
-        print(f"jflow.scratch.siglip: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _make(config: ContrastiveConfig) -> tuple[dict, dict, str]:
+    params, retrieval = train(config)
+    said = f"the right one of {RETRIEVAL} texts for {retrieval:.1%} of new pictures"
+    return asdict(config.siglip), params, said
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("jflow.scratch.siglip", __doc__, ContrastiveConfig(), _make))

@@ -3,11 +3,9 @@
 python -m jflow.scratch.vae --out jflow/scratch/assets/vae_shapes [field=value ...]
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
-from functools import partial, reduce
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +13,9 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.config import override
 from jflow.images import from_uint8
 from jflow.models.vae import AutoencoderKL, VAEConfig
-from jflow.scratch.parts import pictures, write
+from jflow.scratch.parts import command, pictures
 
 
 @dataclass(frozen=True)
@@ -88,22 +85,10 @@ def train(config: VAETrainConfig) -> tuple[VAEConfig, dict, float]:
     return scaled, jax.device_get(params), float(10 * jnp.log10(4 / error))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", required=True, type=Path, help="writes OUT.safetensors, OUT.json")
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
-    try:
-        config, params, psnr = train(reduce(override, args.overrides, VAETrainConfig()))
-        write(args.out, config.to_hf(), params)
-    except (ValueError, OSError) as error:
-        print(f"jflow.scratch.vae: {error}", file=sys.stderr)
-        return 2
-    print(f"{args.out}: new pictures come back with a PSNR of {psnr:.1f} dB")
-    return 0
+def _make(config: VAETrainConfig) -> tuple[dict, dict, str]:
+    vae, params, psnr = train(config)
+    return vae.to_hf(), params, f"new pictures come back with a PSNR of {psnr:.1f} dB"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command("jflow.scratch.vae", __doc__, VAETrainConfig(), _make))
