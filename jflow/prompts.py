@@ -3,7 +3,6 @@
 Sources: processing_vlm.py and conversation.py of the released code (paper section 3.3).
 """
 
-import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -140,8 +139,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, BOS first; special tokens in the text become their single ids."""
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if self._add_bos else ids
+        return self.encode_with_ends(text)[0]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """`encode`, and behind which character of the text each token ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, ends = encoding.ids, [end for _, end in encoding.offsets]
+        return ([self.bos_id, *ids], [0, *ends]) if self._add_bos else (ids, ends)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -195,18 +199,28 @@ def understanding_tokens(
     `image_slots`. Raises ValueError if a user's turn is empty, or if placeholders and images
     differ in number.
     """
+    return understanding_tokens_with_ends(tokenizer, messages, num_images, system_prompt)[0]
+
+
+def understanding_tokens_with_ends(
+    tokenizer: Tokenizer, messages: Sequence[Message], num_images: int, system_prompt: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`understanding_tokens`, and [L] behind which character of `chat_text` each of them ends."""
     if any(message.role == "User" and not message.content.strip() for message in messages):
         raise ValueError("The question is empty: write what you want to know.")
-    ids = tokenizer.encode(chat_text(messages, system_prompt))
-    found = ids.count(tokenizer.image_id)
-    if found != num_images:
+    ids, ends = map(np.array, tokenizer.encode_with_ends(chat_text(messages, system_prompt)))
+    places = np.flatnonzero(ids == tokenizer.image_id)
+    if len(places) != num_images:
         raise ValueError(
-            f"The conversation has {found} {tokenizer.image_tag} but {num_images} images came "
-            f"with it: write one for each image."
+            f"The conversation has {len(places)} {tokenizer.image_tag} but {num_images} images "
+            f"came with it: write one for each image."
         )
     image = image_tokens(tokenizer)
-    filled = itertools.chain.from_iterable(image if i == tokenizer.image_id else (i,) for i in ids)
-    return np.fromiter(filled, np.int32)
+    copies = np.ones(len(ids), int)
+    copies[places] = len(image)
+    tokens = np.repeat(ids, copies).astype(np.int32)
+    tokens[np.repeat(ids == tokenizer.image_id, copies)] = image * num_images
+    return tokens, np.repeat(ends, copies)
 
 
 def image_slots(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

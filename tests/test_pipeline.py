@@ -19,6 +19,7 @@ from jflow.data.mixture import (
     WindowConfig,
 )
 from jflow.data.pipeline import Loader
+from jflow.data.streams import TaskStream
 from jflow.distributed import gather_texts
 from tests.goldens import REPO
 from tests.test_data_sources import png, write_lines
@@ -106,6 +107,21 @@ def test_shapes_and_contents(config):
         used = np.where(slots < 384, slots + 1, 0).max((1, 2)).sum()
         used += (batch.text.segment_ids > 0).sum()
         assert np.isclose(stats.padding, 1 - used / (10 * 384))
+
+
+def test_a_window_is_made_once(config, monkeypatch):
+    """Also where its rows fall into several batches."""
+    made, original = [], TaskStream.window_examples
+
+    def window_examples(self, number):
+        made.append((self.task, number))
+        return original(self, number)
+
+    monkeypatch.setattr(TaskStream, "window_examples", window_examples)
+    rows = WindowConfig(24, 12)
+    long = dataclasses.replace(config, generation=rows, understanding=rows)
+    take(long, 8, step=3)
+    assert made and len(made) == len(set(made))
 
 
 def test_rows_are_packed_windows_of_the_stream(config):

@@ -20,6 +20,7 @@ from jflow.prompts import DEFAULT_SYSTEM_PROMPT, IMAGE_TAG, Message, Tokenizer
 
 CAPTION_QUESTION = "Generate the caption of this picture."
 _LLAVA_TAG = "<image>"
+_JOINED = "the tokenizer joins a question and its reply in one token"
 _ROLES = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 
 
@@ -240,19 +241,18 @@ def _chat(
     messages: Sequence[Message], num_images: int, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Tokens of the released template, and first and end of every reply with its EOS."""
-
-    def tokens_of(upto: Sequence[Message]) -> np.ndarray:
-        seen = sum(message.content.count(IMAGE_TAG) for message in upto)
-        return prompts.understanding_tokens(tokenizer, upto, seen, DEFAULT_SYSTEM_PROMPT)
-
-    tokens = prompts.understanding_tokens(tokenizer, messages, num_images, DEFAULT_SYSTEM_PROMPT)
+    tokens, ends = prompts.understanding_tokens_with_ends(
+        tokenizer, messages, num_images, DEFAULT_SYSTEM_PROMPT
+    )
     spans = []
     for turn in range(1, len(messages), 2):
-        asked = tokens_of([*messages[:turn], Message("Assistant", "")])
-        answered = tokens_of(messages[: turn + 1])
-        _check_prefix(asked, tokens)
-        _check_prefix(answered, tokens)
-        spans.append((len(asked), len(answered)))
+        # What inference reads before it replies must be what training saw there.
+        asked = [*messages[:turn], Message("Assistant", "")]
+        texts = [prompts.chat_text(m, DEFAULT_SYSTEM_PROMPT) for m in (asked, messages[: turn + 1])]
+        span = np.searchsorted(ends, [len(text) for text in texts], side="right")
+        if any(ends[n - 1] != len(text) for n, text in zip(span, texts, strict=True)):
+            raise ValueError(_JOINED)
+        spans.append((int(span[0]), int(span[1])))
     return tokens, spans
 
 
@@ -279,7 +279,7 @@ def _plain(
 def _check_prefix(prefix: Sequence[int], tokens: Sequence[int]) -> None:
     """What inference reads before it replies must be what training saw there."""
     if not np.array_equal(prefix, tokens[: len(prefix)]):
-        raise ValueError("the tokenizer joins a question and its reply in one token")
+        raise ValueError(_JOINED)
 
 
 def _check_length(num_tokens: int, fmt: Format) -> None:

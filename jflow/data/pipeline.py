@@ -13,7 +13,8 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import grain
 import jax
@@ -50,14 +51,19 @@ class BatchStats:
     broken: tuple[str, ...]
 
 
+class _Place(NamedTuple):
+    """A row of this process's share of a batch; part "text" is that of TextRows."""
+
+    step: int
+    part: Literal["text", "generation"]
+    slot: int
+
+
 @dataclass(frozen=True)
 class _Piece:
-    """What one thread makes of one window: rows, and their places in the process's share."""
+    """What one thread makes of one window: this process's rows of it and their tokens."""
 
-    task: Task | None = None
-    slots: tuple[int, ...] = ()
-    rows: tuple[TextRows | ImageRows, ...] = ()
-    tokens: int = 0
+    rows: Mapping[_Place, tuple[TextRows | ImageRows, int]] = field(default_factory=dict)
     samples: int = 0
     left_out: int = 0
     broken: tuple[str, ...] = ()
@@ -146,10 +152,12 @@ class Loader:
         config, gather = self._config, gather or gather_texts
         options = grain.ReadOptions(config.threads, config.prefetch)
         jobs = grain.MapDataset.range(step * self._jobs_per_step, sys.maxsize)
-        pieces = iter(jobs.map(self._make_piece).to_iter_dataset(options))
-        samples, new, broken = 0, [], []
+        make = functools.partial(self._make_piece, start=step)
+        pieces = iter(jobs.map(make).to_iter_dataset(options))
+        rows, samples, new, broken = {}, 0, [], []
         for now in itertools.count(step):
             found = [next(pieces) for _ in range(self._jobs_per_step)]
+            rows |= {place: row for piece in found for place, row in piece.rows.items()}
             new += [reason for piece in found for reason in piece.broken]
             samples += sum(piece.samples for piece in found)
             reported = []
@@ -158,7 +166,10 @@ class Loader:
                 reported, new = [reason for _, part in texts for reason in part], []
                 broken += reported
                 _check_broken(broken, sum(n for n, _ in texts), config.max_broken_share)
-            yield self._assemble(now, found, tuple(reported))
+            batch, padding = self._assemble(now, rows)
+            left_out = sum(piece.left_out for piece in found)
+            read = sum(piece.samples for piece in found)
+            yield batch, BatchStats(padding, read, left_out, tuple(reported))
 
     def _sizes(self, step: int) -> tuple[int, int]:
         text, images = part_sizes(self._config, step, self._row_multiple)
@@ -174,22 +185,31 @@ class Loader:
             if size
         )
 
-    def _list_jobs(self, step: int) -> list[tuple[Task, int, list[tuple[int, int]]]]:
-        """(task, window, [(place in this process's part, row of the window)]) of one step."""
-        jobs: dict[tuple[Task, int], list[tuple[int, int]]] = {}
-        for part in self.local_rows(step):
+    def _list_jobs(self, step: int) -> dict[tuple[Task, int], list[tuple[_Place, int]]]:
+        """(task, window) -> [(place, row of the window)] of this process's rows of one step."""
+        jobs: dict[tuple[Task, int], list[tuple[_Place, int]]] = {}
+        for name, part in zip(("text", "generation"), self.local_rows(step), strict=True):
             for slot, row in enumerate(part):
                 if row is not None:
                     window, inside = divmod(row.number, self.streams[row.task].window.rows)
-                    jobs.setdefault((row.task, window), []).append((slot, inside))
-        return [(task, window, rows) for (task, window), rows in jobs.items()]
+                    jobs.setdefault((row.task, window), []).append(
+                        (_Place(step, name, slot), inside)
+                    )
+        return jobs
 
-    def _make_piece(self, index: int) -> _Piece:
+    def _make_piece(self, index: int, start: int) -> _Piece:
+        """A window is made at the first step, from `start` on, that has rows of it, for all steps:
+        its rows are neighbours."""
         step, number = divmod(int(index), self._jobs_per_step)
-        jobs = self._jobs(step)
+        known = self._jobs(step - 1) if step > start else {}
+        jobs = [job for job in self._jobs(step) if job not in known]
         if number >= len(jobs):
             return _Piece()
-        task, window, wanted = jobs[number]
+        task, window = job = jobs[number]
+        wanted: list[tuple[_Place, int]] = []
+        while job in self._jobs(step):
+            wanted += self._jobs(step)[job]
+            step += 1
         stream, config = self.streams[task], self._config
         positions, examples, broken = stream.window_examples(window)
         lengths = [len(example.tokens) for example in examples]
@@ -197,14 +217,13 @@ class Loader:
         most = config.crops_per_row if task == "generation" else config.images_per_row
         packed = packing.assign(lengths, images, stream.window.rows, config.max_seq_len, most)
         begins = any(inside == 0 for _, inside in wanted)
+        rows = {}
+        for place, inside in wanted:
+            chosen = packed[inside]
+            row = self._row(task, [examples[i] for i in chosen], [positions[i] for i in chosen])
+            rows[place] = row, sum(lengths[i] for i in chosen)
         return _Piece(
-            task=task,
-            slots=tuple(slot for slot, _ in wanted),
-            rows=tuple(
-                self._row(task, [examples[i] for i in row], [positions[i] for i in row])
-                for row in (packed[inside] for _, inside in wanted)
-            ),
-            tokens=sum(lengths[i] for _, inside in wanted for i in packed[inside]),
+            rows=rows,
             samples=begins * stream.window.samples,
             left_out=begins * (len(examples) - sum(map(len, packed))),
             broken=tuple(broken) if begins else (),
@@ -233,26 +252,18 @@ class Loader:
         )
 
     def _assemble(
-        self, step: int, pieces: list[_Piece], broken: tuple[str, ...]
-    ) -> tuple[Batch, BatchStats]:
-        sizes = self._sizes(step)
-        parts = []
-        for size, task in zip(sizes, ("text", "generation"), strict=True):
-            made = {
-                slot: row
-                for piece in pieces
-                if (piece.task == "generation") == (task == "generation")
-                for slot, row in zip(piece.slots, piece.rows, strict=True)
-            }
-            rows = [made[i] if i in made else self._row(task, [], []) for i in range(size)]
-            parts.append(jax.tree.map(lambda *leaves: np.stack(leaves), *rows) if rows else None)
-        stats = BatchStats(
-            padding=1 - sum(p.tokens for p in pieces) / (sum(sizes) * self._config.max_seq_len),
-            samples=sum(piece.samples for piece in pieces),
-            left_out=sum(piece.left_out for piece in pieces),
-            broken=broken,
-        )
-        return Batch(text=parts[0], images=parts[1]), stats
+        self, step: int, rows: dict[_Place, tuple[TextRows | ImageRows, int]]
+    ) -> tuple[Batch, float]:
+        """The batch of one step out of all rows made so far, and its share of padding."""
+        parts, tokens, sizes = [], 0, self._sizes(step)
+        for name, size in zip(("text", "generation"), sizes, strict=True):
+            empty = self._row(name, [], []), 0
+            found = [rows.pop(_Place(step, name, slot), empty) for slot in range(size)]
+            tokens += sum(count for _, count in found)
+            made = [row for row, _ in found]
+            parts.append(jax.tree.map(lambda *leaves: np.stack(leaves), *made) if made else None)
+        padding = 1 - tokens / (sum(sizes) * self._config.max_seq_len)
+        return Batch(text=parts[0], images=parts[1]), padding
 
 
 def checkpoint_loader(
