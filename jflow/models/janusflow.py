@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jflow.models.attention import Implementation
-from jflow.models.layers import KVCache, Linear, Precision, Remat, RMSNorm
+from jflow.models.layers import KVCache, Linear, Precision, Remat, RMSNorm, put
 from jflow.models.llama import Llama, LlamaConfig, LlamaOutput
 from jflow.models.siglip import SIGLIP_BY_NAME, Siglip, SiglipConfig
 from jflow.models.uvit import GenDecoder, GenDecoderConfig, GenEncoder, GenEncoderConfig
@@ -202,7 +202,7 @@ class JanusFlow(nn.Module):
         embeds = self.embed_images(rearrange(pixels, "B I h w c -> (B I) h w c"))
         embeds = rearrange(embeds, "(B I) N D -> B (I N) D", B=batch)
         slots = rearrange(slots, "B I N -> B (I N)")
-        return x.at[jnp.arange(batch)[:, None], slots].set(embeds, mode="drop")
+        return put(x, slots, embeds)
 
     def encode_latents(self, z: jax.Array, timesteps: jax.Array) -> GenTokens:
         """Noisy latents [B, H, W, c] and 1000 t [B] -> the tokens the language model reads.

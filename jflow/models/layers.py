@@ -191,6 +191,20 @@ def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))
 
 
+def put(x: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
+    """x with `values` at `places` of each row; places beyond its end are dropped.
+
+    [B, L, D], [B, P], [B, P, D] -> [B, L, D]. Row by row, not with an index of rows: only so does
+    the partitioner know that rows on different devices have nothing to say to each other.
+    """
+    return jax.vmap(lambda row, at, new: row.at[at].set(new, mode="drop"))(x, places, values)
+
+
+def take(x: jax.Array, places: jax.Array) -> jax.Array:
+    """What stands at `places` of each row, 0 beyond its end: [B, L, D], [B, P] -> [B, P, D]."""
+    return jax.vmap(lambda row, at: row.at[at].get(mode="fill", fill_value=0))(x, places)
+
+
 def _windows(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x with zeros around it, as far as the kernel reaches."""
     kh, kw, _ = kernel.shape

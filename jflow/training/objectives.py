@@ -12,6 +12,7 @@ from einops import rearrange
 from jflow import flow, losses, rng
 from jflow.batch import Batch, ImageRows, TextRows
 from jflow.models.janusflow import JanusFlow
+from jflow.models.layers import put, take
 from jflow.models.repa import RepaHead
 from jflow.models.vae import AutoencoderKL
 from jflow.training.lora import LoraConfig, merge
@@ -141,19 +142,17 @@ def image_sums(
     """
     model, variables = modules.model, {"params": params["janusflow"]}
     images = rows.slots.shape[1]
-    row = jnp.arange(len(rows.tokens))[:, None]
 
     def at(hidden):
         """[B, L, D] -> [B * G, N, D] at the latent tokens, the time token left out."""
         slots = rearrange(rows.slots[..., 1:], "B G N -> B (G N)")
-        latents = hidden.at[row, slots].get(mode="fill", fill_value=0)
-        return rearrange(latents, "B (G N) D -> (B G) N D", G=images)
+        return rearrange(take(hidden, slots), "B (G N) D -> (B G) N D", G=images)
 
     gen = model.apply(variables, flow.interpolate(x, z0, t), 1000 * t, method="encode_latents")
     embeddings = rearrange(gen.embeddings, "(B G) N D -> B (G N) D", G=images)
     sequence = model.apply(variables, rows.tokens, method="embed_text")
     slots = rearrange(rows.slots, "B G N -> B (G N)")
-    sequence = sequence.at[row, slots].set(embeddings, mode="drop")
+    sequence = put(sequence, slots, embeddings)
     tap_layer = config.repa_layer if config.repa_weight else None
     out = model.apply(
         variables, sequence, rows.positions, rows.segment_ids, None, tap_layer, method="language"
