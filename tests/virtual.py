@@ -104,6 +104,15 @@ def check_logits(program: str, mesh: jax.sharding.Mesh) -> None:
     assert words == WORDS or str(WORDS) not in shapes, shapes
 
 
+def check_rows(program: str, mesh: jax.sharding.Mesh) -> None:
+    """No device is sent the hidden vectors, [8, positions, 32], of other devices' rows."""
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter"
+    found = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
+    assert found or mesh.size == 1
+    if sharding.row_multiple(mesh) > 1:
+        assert not re.findall(r"\[8,\d+,32\]", " ".join(found))
+
+
 def restored(tree: dict, mesh: jax.sharding.Mesh) -> dict:
     """Written and read back, each device its own part."""
     places = sharding.shardings(tree, mesh)
@@ -141,6 +150,7 @@ def train(mesh: jax.sharding.Mesh | None) -> tuple[list[dict], TrainState]:
     state, first = step(state, rows)
     if mesh is not None:
         check_logits(step.as_text(), mesh)
+        check_rows(step.as_text(), mesh)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params | before.ema))
         for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
