@@ -6,7 +6,7 @@
     python train.py --config configs/shapes.py --run runs/shapes/train
     python -m jflow.evals --ckpt runs/shapes/train --untrained runs/shapes/init --out runs/shapes
 
-At most 90 minutes on 2 cores; `make demo` is the same in 10. docs/shapes.md says what was tried.
+An hour on 2 cores; `make demo` is the same in 10 minutes. docs/shapes.md says what was tried.
 """
 
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig, WindowConfig
@@ -19,7 +19,7 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 14_000) -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 12_000) -> TrainConfig:
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
