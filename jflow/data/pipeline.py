@@ -198,8 +198,8 @@ class Loader:
         return jobs
 
     def _make_piece(self, index: int, start: int) -> _Piece:
-        """A window is made at the first step, from `start` on, that has rows of it, for all steps:
-        its rows are neighbours."""
+        """A window is made at the first step, from `start` on, that has rows of it, and for those
+        that follow; again only where a step without any lies between."""
         step, number = divmod(int(index), self._jobs_per_step)
         known = self._jobs(step - 1) if step > start else {}
         jobs = [job for job in self._jobs(step) if job not in known]
