@@ -104,6 +104,7 @@ def make_step(
         partial(train_step, objective=objective, optimizer=config.optimizer, ema=config.ema),
         donate_argnums=0,
         out_shardings=(shardings(like, mesh), NamedSharding(mesh, PartitionSpec())),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 

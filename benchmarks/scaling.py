@@ -33,11 +33,13 @@ FIGURES = ("flops", "memory", "received")
 COLORS = dict(zip(FIGURES, ("#1f77b4", "#2ca02c", "#d62728"), strict=True))
 
 
-def step_of(chips: int, rows: int) -> TrainConfig:
-    """Stage 2's later mixture, with `rows` rows for each of so many chips."""
+def step_of(chips: int, rows: int, layers: int) -> TrainConfig:
+    """Stage 2's later mixture, with `rows` rows for each of so many chips; layers: of the model."""
     config = load(REPO / "configs" / "pretrain.py")
     data = replace(config.data, batch_rows=rows * chips)
-    return later(replace(config, data=data, mesh=MeshConfig(1, chips, 1)))
+    objective = replace(config.objective, repa_layer=min(config.objective.repa_layer, layers))
+    mesh = MeshConfig(1, chips, 1)
+    return later(replace(config, data=data, objective=objective, mesh=mesh))
 
 
 def smaller(config: JanusFlowConfig) -> JanusFlowConfig:
@@ -52,7 +54,8 @@ def smaller(config: JanusFlowConfig) -> JanusFlowConfig:
 def measure(chip: str, chips: int, rows: int, model: JanusFlowConfig) -> dict:
     """Figures of one chip among `chips`."""
     name = f"{chip}-{2 * chips if chip == 'v5p' else chips}"
-    plan = make_plan(step_of(chips, rows), name, abstract_step, model)
+    config = step_of(chips, rows, model.language.num_hidden_layers)
+    plan = make_plan(config, name, abstract_step, model)
     figures = plan.main.compiled.figures
     if figures is None:
         raise SystemExit(f"{rows} rows a chip do not fit into {name}.")

@@ -5,4 +5,4 @@ from jflow.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    return shapes.get_config("demo", steps=1_900)
+    return shapes.get_config("demo", steps=1_800)

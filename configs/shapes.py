@@ -19,7 +19,7 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 12_000) -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 10_000) -> TrainConfig:
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
@@ -44,7 +44,7 @@ def get_config(name: str = "shapes", steps: int = 12_000) -> TrainConfig:
             cache=f"{folder}/cache",
         ),
         optimizer=OptimizerConfig(
-            learning_rate=3e-3, warmup_steps=100, decay=(steps * 7 // 10, steps)
+            learning_rate=2e-3, warmup_steps=100, decay=(steps * 7 // 10, steps)
         ),
         objective=ObjectiveConfig(
             repa_layer=2, ar_chunk=160, time_mean=-0.5, sample_posterior=False
