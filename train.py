@@ -51,7 +51,9 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
     model = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip"))
     vae = models.get("vae")
     return Modules(
-        model=JanusFlow(model, precision, remat=config.remat, attention=attention),
+        model=JanusFlow(
+            model, precision, remat=config.remat, attention=attention, unroll=config.unroll
+        ),
         vae=AutoencoderKL(VAEConfig.from_hf(vae), dtype=dtype) if vae else None,
         repa=repa.RepaHead(model.siglip.width, config.repa_hidden_size, precision),
         lora=config.lora,

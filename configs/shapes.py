@@ -55,6 +55,7 @@ def get_config(name: str = "shapes", steps: int = 10_000) -> TrainConfig:
         mesh=MeshConfig(data=-1, fsdp=1),
         dtype="float32",
         remat="none",
+        unroll=4,
         log_every=50,
         save_every=1000,
         keep=1,

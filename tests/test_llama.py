@@ -99,14 +99,15 @@ def test_equals_transformers(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cache_and_layers_apart_equal_the_full_forward(seed):
-    """Prefill, then the rest behind the cache, with padded slots between, scanned and not."""
+    """Prefill, then the rest behind the cache, padded slots between; scanned, unrolled, apart."""
     _, model, variables, tokens = setup(seed)
     x = model.apply(variables, tokens, method="embed")
     positions, ones = positions_like(tokens), np.ones_like(tokens)
     want = model.apply(variables, x, positions, ones).hidden
     apart = Llama(model.config, scan_layers=False)
     apart_variables = {"params": unstack_layers(dict(variables["params"]))}
-    for m, v in ((model, variables), (apart, apart_variables)):
+    unrolled = Llama(model.config, unroll=2)
+    for m, v in ((model, variables), (apart, apart_variables), (unrolled, variables)):
         head = m.apply(v, x[:, :5], positions[:, :5], ones[:, :5])
         cache = KVCache.of(head.k, head.v, ones[:, :5], reserve=3)
         # What is in an empty slot does not matter.

@@ -291,6 +291,9 @@ def check_plan(found: training.Plan) -> None:
         words = language.vocab_size // found.mesh["tensor"]
         assert not program.full_logits(text, step.rows[0] // rows * length, words)
         assert program.largest_gather(text) <= language.vocab_size * language.hidden_size
+        # Weights are gathered whole, not sent around in pieces (sharding.compiler_options).
+        pieces = figures.collectives.get("collective-permute")
+        assert pieces is None or pieces.count < language.num_hidden_layers
 
 
 @pytest.mark.slow

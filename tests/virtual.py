@@ -105,12 +105,14 @@ def check_logits(program: str, mesh: jax.sharding.Mesh) -> None:
 
 
 def check_rows(program: str, mesh: jax.sharding.Mesh) -> None:
-    """No device is sent the hidden vectors, [8, positions, 32], of other devices' rows."""
+    """No device is sent the hidden vectors, [8, positions, 32], of other devices' rows, and none
+    meets the others for every tap of a depthwise kernel."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter"
     found = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
     assert found or mesh.size == 1
     if sharding.row_multiple(mesh) > 1:
         assert not re.findall(r"\[8,\d+,32\]", " ".join(found))
+        assert not re.findall(rf" (?:{kinds})(?:-start)?\(.*res_blocks_\d+/while", program)
 
 
 def restored(tree: dict, mesh: jax.sharding.Mesh) -> dict:

@@ -145,12 +145,13 @@ class JanusFlow(nn.Module):
     scan_layers: bool = True  # False: see Llama
     remat: Remat = "none"
     attention: Implementation = "auto"  # of the language model and SigLIP
+    unroll: int = 1  # see Llama
 
     def setup(self):
         config, precision = self.config, self.precision
         hidden = config.language.hidden_size
         self.language_model = Llama(
-            config.language, precision, self.scan_layers, self.remat, self.attention
+            config.language, precision, self.scan_layers, self.remat, self.attention, self.unroll
         )
         self.vision_und_enc_model = Siglip(config.siglip, precision, self.remat, self.attention)
         self.vision_und_enc_aligner = Linear(hidden, precision)

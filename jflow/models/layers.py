@@ -240,9 +240,10 @@ def _depthwise_conv_backward(saved, gradient):
 
     def tap(i):
         window = jax.lax.dynamic_slice(padded, (0, i // kw, i % kw, 0), x.shape)
-        return jnp.sum(window * gradient, axis=(0, 1, 2), dtype=jnp.float32)
+        return jnp.sum(window * gradient, axis=(1, 2), dtype=jnp.float32)
 
-    taps = jax.lax.map(tap, jnp.arange(kh * kw)).reshape(kernel.shape)
+    # Samples are summed after the loop: devices that share the batch then meet once, not 49 times.
+    taps = jax.lax.map(tap, jnp.arange(kh * kw)).sum(1).reshape(kernel.shape)
     return depthwise_conv(gradient, kernel[::-1, ::-1]), taps.astype(kernel.dtype)
 
 

@@ -168,6 +168,8 @@ class Llama(nn.Module):
     scan_layers: one compiled block scanned over stacked weights, or (False, with parameters from
       `unstack_layers`) each layer on its own. Scanning compiles fast, but slices each layer's
       weights out of the stack: nothing beside 577 tokens, 2.5 times the time of a step of one.
+    unroll: so many blocks a trip of the scan; more compile longer and need fewer copies in and out
+      of the stack, and fewer meetings of the devices for gradients.
     remat: what each block computes again in the backward pass, see `layers.remat`.
     attention: see attention.py.
     """
@@ -177,6 +179,7 @@ class Llama(nn.Module):
     scan_layers: bool = True
     remat: Remat = "none"
     attention: Implementation = "auto"
+    unroll: int = 1
 
     def setup(self):
         config, precision = self.config, self.precision
@@ -196,6 +199,7 @@ class Llama(nn.Module):
                 split_rngs={"params": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
                 length=config.num_hidden_layers,
+                unroll=self.unroll,
             )(*block)
         else:
             self.layers = [TappedBlock(*block) for _ in range(config.num_hidden_layers)]

@@ -43,6 +43,7 @@ class TrainConfig:
     trainable: patterns, see optimizer.split. batch size and mixture: in `data`. repa_hidden_size:
     of the REPA head. dtype: of matrix products; parameters, moments and averages are float32.
     remat: what the backward pass computes again, for memory: none, dots or full (layers.remat).
+    unroll: so many layers a trip of the compiled loop over them (models.llama.Llama).
     mesh: how the devices share the work, see jflow.sharding; a run may continue on another one.
 
     save_every: steps between checkpoints. keep: how many of the last ones to leave; keep_best: and
@@ -63,6 +64,7 @@ class TrainConfig:
     repa_hidden_size: int = 2048
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Remat = "full"
+    unroll: int = 1
     mesh: MeshConfig = field(default_factory=MeshConfig)
     seed: int = 0
     log_every: int = 20
@@ -75,7 +77,8 @@ class TrainConfig:
     wandb: str = ""
 
     def __post_init__(self):
-        for name in ("steps", "log_every", "save_every", "keep", "rewind_after", "max_rewinds"):
+        counts = ("steps", "unroll", "log_every", "save_every", "keep")
+        for name in (*counts, "rewind_after", "max_rewinds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.remat not in typing.get_args(Remat):
