@@ -101,9 +101,15 @@ def make_step(
 
     Args: like: a state, arrays or jax.ShapeDtypeStruct.
     """
-    objective = partial(janusflow, seed=config.seed, modules=modules, config=config.objective)
+    step = partial(
+        train_step,
+        objective=partial(janusflow, seed=config.seed, modules=modules, config=config.objective),
+        optimizer=config.optimizer,
+        ema=config.ema,
+        mixtures=tuple(phase.from_step for phase in config.data.mixture),
+    )
     return jax.jit(
-        partial(train_step, objective=objective, optimizer=config.optimizer, ema=config.ema),
+        step,
         donate_argnums=0,
         out_shardings=(shardings(like, mesh), NamedSharding(mesh, PartitionSpec())),
         compiler_options=sharding.compiler_options(mesh),

@@ -35,7 +35,7 @@ def state(step: int, loss: float = 1.0) -> states.TrainState:
     return fresh.replace(
         step=jnp.int32(step),
         data_offset=jnp.int32(3),
-        guard=Guard(jnp.int32(step), jnp.array([loss, 0.0]), jnp.zeros(2)),
+        guard=Guard(jnp.int32(0), jnp.int32(step), jnp.array([loss, 0.0]), jnp.zeros(2)),
     )
 
 
@@ -83,7 +83,7 @@ def test_the_last_ones_and_the_best_are_kept(opened, tmp_path, keep_best, kept):
 def test_a_step_before_the_first_good_one_is_never_the_best(opened, tmp_path):
     """No loss was seen yet: its level is 0, not low."""
     saved = opened(keep=1)
-    unseen = state(0).replace(guard=Guard(jnp.int32(0), jnp.zeros(2), jnp.zeros(2)))
+    unseen = state(0).replace(guard=Guard.new(jnp.int32(0)))
     for one in (unseen, state(1, 5.0), state(2, 7.0)):
         saved.save(one)
     saved.close()

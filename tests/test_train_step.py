@@ -158,9 +158,12 @@ def test_one_number_that_is_none_is_found(part):
     assert not states.is_finite(state.replace(**{part: structure.unflatten(leaves)}))
 
 
-def watched(guard: Guard, losses, norms) -> tuple[Guard, list[bool]]:
+FIRST, SECOND = jnp.int32(0), jnp.int32(1)  # mixtures
+
+
+def watched(guard: Guard, losses, norms, mixture=FIRST) -> tuple[Guard, list[bool]]:
     guard, fit = jax.lax.scan(
-        lambda guard, pair: states.watch(guard, *pair)[::-1],
+        lambda guard, pair: states.watch(guard, *pair, mixture)[::-1],
         guard,
         (jnp.asarray(losses, jnp.float32), jnp.asarray(norms, jnp.float32)),
     )
@@ -171,8 +174,7 @@ def known_guard() -> Guard:
     """After 300 steps of loss N(2, 0.1) and log gradient norm N(-1, 0.5)."""
     rng = np.random.default_rng(0)
     losses, norms = rng.normal(2, 0.1, 300), np.exp(rng.normal(-1, 0.5, 300))
-    empty = Guard(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
-    guard, fit = watched(empty, losses[:100], norms[:100])
+    guard, fit = watched(Guard.new(FIRST), losses[:100], norms[:100])
     values = np.stack([losses[:100], np.log(norms[:100])])
     np.testing.assert_allclose(guard.mean, values.mean(1), rtol=1e-4)
     np.testing.assert_allclose(guard.variance, values.var(1), rtol=1e-4)
@@ -187,13 +189,14 @@ def test_guard_refuses_six_sigma_above_and_nothing_below():
 
     def fit(loss_sigmas, norm_sigmas):
         loss, log_norm = mean + sigma * [loss_sigmas, norm_sigmas]
-        return bool(states.watch(guard, jnp.float32(loss), jnp.float32(np.exp(log_norm)))[0])
+        norm = jnp.float32(np.exp(log_norm))
+        return bool(states.watch(guard, jnp.float32(loss), norm, FIRST)[0])
 
     assert fit(0, 0) and fit(5.9, 5.9) and fit(-9, -9)
     assert not fit(6.1, 0) and not fit(0, 6.1)
     for bad in (np.nan, np.inf):
         for pair in ((bad, 1.0), (2.0, bad)):
-            ok, after = states.watch(guard, *map(jnp.float32, pair))
+            ok, after = states.watch(guard, *map(jnp.float32, pair), FIRST)
             assert not ok and equal(after, guard)
 
 
@@ -208,8 +211,34 @@ def test_guard_is_not_blinded_by_a_burst_but_follows_a_new_level():
 
 
 def test_guard_lets_everything_finite_pass_at_first():
-    empty = Guard(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
-    assert all(watched(empty, [1.0] * 50 + [100.0], [1.0] * 50 + [100.0])[1])
+    assert all(watched(Guard.new(FIRST), [1.0] * 50 + [100.0], [1.0] * 50 + [100.0])[1])
+
+
+def test_guard_learns_every_mixture_anew():
+    """Another mixture has other losses, which are no reason to skip; not even its first."""
+    guard, fit = watched(known_guard(), [9.0, 100.0], [5.0, 90.0], SECOND)
+    assert all(fit) and int(guard.count) == 2 and int(guard.mixture) == 1
+    np.testing.assert_allclose(guard.mean[0], 54.5, rtol=1e-6)
+    ok, empty = states.watch(known_guard(), jnp.float32(np.nan), jnp.float32(1), SECOND)
+    assert not ok and equal(empty, Guard.new(SECOND))
+
+
+def test_a_steps_mixture_is_that_of_its_batch():
+    """Batches passed by on a rewind count: the next one is number step + data_offset."""
+    mixed = jax.jit(
+        partial(
+            train_step,
+            objective=lambda params, part, batch, step: (jnp.zeros(()), {}),
+            optimizer=OPTIMIZER,
+            ema=EMAConfig(0.9, 1),
+            mixtures=(0, 5, 7),
+        )
+    )
+    state, found = new_state().replace(data_offset=jnp.int32(3)), []
+    for _ in range(6):
+        state, _ = mixed(state, BATCH)
+        found.append((int(state.guard.mixture), int(state.guard.count)))
+    assert found == [(0, 1), (0, 2), (1, 1), (1, 2), (2, 1), (2, 2)]
 
 
 def test_state_holds_frozen_parameters_once_and_masters_in_float32():

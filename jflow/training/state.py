@@ -20,11 +20,18 @@ class EMAConfig:
 
 @flax.struct.dataclass
 class Guard:
-    """Running level of loss and log gradient norm, each [2], over `count` finite steps."""
+    """Running level of loss and log gradient norm, each [2], over `count` finite steps of the
+    mixture with this number."""
 
+    mixture: jax.Array
     count: jax.Array
     mean: jax.Array
     variance: jax.Array
+
+    @classmethod
+    def new(cls, mixture: jax.Array) -> "Guard":
+        """Of a mixture (an int32 array []) of which nothing is known yet."""
+        return cls(mixture, jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2))
 
 
 @flax.struct.dataclass
@@ -71,7 +78,7 @@ def init(
         # A copy, because a step that gives its state away may not give the same buffer twice.
         ema=jax.tree.map(jnp.copy, masters),
         opt_state=optimizer.init(masters),
-        guard=Guard(jnp.zeros((), jnp.int32), jnp.zeros(2), jnp.zeros(2)),
+        guard=Guard.new(jnp.zeros((), jnp.int32)),
     )
 
 
@@ -100,15 +107,19 @@ def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> d
     return jax.lax.cond(step % config.every == 0, average, lambda old, new: old, ema, params)
 
 
-def watch(guard: Guard, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.Array, Guard]:
+def watch(
+    guard: Guard, loss: jax.Array, gradient_norm: jax.Array, mixture: jax.Array
+) -> tuple[jax.Array, Guard]:
     """Is this step fit to be taken? And the guard that has seen it.
 
     Unfit is what is not finite or, once the guard knows 100 steps, lies 6 standard deviations
     above the running mean of the last 100. A value beyond that counts as if it lay right there:
-    one burst does not blind the guard, but a lasting change of level (another mixture) widens it
-    and is accepted after some skipped steps.
+    one burst does not blind the guard, but a lasting change of level widens it and is accepted
+    after some skipped steps. Another mixture, which may have other losses, is learned anew.
     """
     known, sigmas = 100, 6.0
+    same = guard.mixture == mixture
+    guard = jax.tree.map(lambda a, b: jnp.where(same, a, b), guard, Guard.new(mixture))
     values = jnp.stack([loss, jnp.log(jnp.maximum(gradient_norm, 1e-30))])
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     reach = jnp.where(guard.count >= known, sigmas * jnp.sqrt(guard.variance), jnp.inf)
@@ -117,6 +128,7 @@ def watch(guard: Guard, loss: jax.Array, gradient_norm: jax.Array) -> tuple[jax.
     rate = jnp.maximum(1 / (guard.count + 1), 1 / known)
     change = jnp.clip(values - guard.mean, -reach, reach)
     seen = Guard(
+        mixture=mixture,
         count=guard.count + 1,
         mean=guard.mean + rate * change,
         variance=(1 - rate) * (guard.variance + rate * jnp.square(change)),

@@ -62,8 +62,11 @@ def train_step(
     objective: Objective,
     optimizer: OptimizerConfig,
     ema: EMAConfig,
+    mixtures: tuple[int, ...] = (0,),
 ) -> tuple[TrainState, Sums]:
     """One batch, seen; the state before is not used again, so jit may be given its buffers.
+
+    mixtures: the batches of the data from which on each of its mixtures holds.
 
     A step whose loss, gradient or update is not finite, or out of line (`state.watch`), changes
     neither parameters nor moments and is counted in `skipped`.
@@ -75,7 +78,8 @@ def train_step(
     loss, sums, gradient = gradients(state, batch, objective, optimizer.accumulate)
     norm = optax.tree.norm(gradient)
     updates, opt_state = adamw(optimizer).update(gradient, state.opt_state, state.params)
-    fit, guard = watch(state.guard, loss, norm)
+    mixture = jnp.sum(state.step + state.data_offset >= jnp.array(mixtures), dtype=jnp.int32) - 1
+    fit, guard = watch(state.guard, loss, norm, mixture)
     fit &= jnp.isfinite(optax.tree.norm(updates))
 
     def keep(new, old):
