@@ -11,10 +11,10 @@ from jflow.data.mixture import MixtureConfig
 from jflow.training.config import TrainConfig
 
 
-def get_config(steps: int = 3_000) -> TrainConfig:
+def get_config(steps: int = 3_300) -> TrainConfig:
     config = shapes.get_config("demo", steps)
     mixture = (
         MixtureConfig(0, understanding=0, generation=1, text=0),
-        MixtureConfig(steps // 2, understanding=1, generation=1, text=0),
+        MixtureConfig(steps * 11 // 20, understanding=3, generation=1, text=0),
     )
     return replace(config, data=replace(config.data, batch_rows=8, mixture=mixture))

@@ -108,6 +108,8 @@ def test_means_are_over_what_was_counted():
         },
     ]
     assert metrics.means(steps) == {"ar": 2.0, "bins/0": 2.0}
+    # A task that joins between two lines of the log counts from where it joined.
+    assert metrics.means([{"rf": (jnp.float32(1), jnp.float32(1))}, steps[0]])["ar"] == 3.0
 
 
 def test_speeds_are_counts_over_time(monkeypatch):

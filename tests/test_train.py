@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,24 @@ def test_what_a_person_sees_on_the_way(command, tmp_path, monkeypatch, capsys):
     shown.Reload()
     assert [image.step for image in shown.Images("samples/images")] == [0, 3, 6]
     assert "6/6" in capsys.readouterr().err
+
+
+def test_a_task_may_join_between_two_lines_of_the_log(command, tmp_path, monkeypatch):
+    def objective(params, batch, whole, step, **named):
+        loss, sums = cheap_objective(params, batch, whole, step, **named)
+        return loss, sums if batch.text is None else sums | {"ar": (loss, jnp.ones(()))}
+
+    monkeypatch.setattr(train, "janusflow", objective)
+    text = Path(command[1]).read_text(encoding="utf-8")
+    alone = "MixtureConfig(0, understanding=0, generation=1, text=0)"
+    changed = text.replace("MixtureConfig(0, ", f"{alone}, MixtureConfig(3, ")
+    assert changed.count("MixtureConfig(") == 2
+    (tmp_path / "config.py").write_text(changed, encoding="utf-8")
+    more = ["--config", str(tmp_path / "config.py"), "--run", str(tmp_path / "run")]
+    assert train.main([*more, "steps=6", "log_every=2", "save_every=100"]) == 0
+    assert [("ar" in line, line["skipped"]) for line in log(tmp_path / "run")] == [
+        (False, 0), (True, 0), (True, 0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from jflow.training.objectives import Sums
 
 
 def means(steps: list[Sums]) -> dict[str, float]:
-    """name -> mean over all steps; arrays (bins) become name/0, name/1, ...; what counted nothing
-    is left out."""
-    total = jax.tree.map(lambda *values: np.sum(np.stack(values), axis=0), *jax.device_get(steps))
-    found = {}
-    for name, (value, count) in total.items():
+    """name -> mean over the steps that have it (where the mixture changes, a task may join); arrays
+    (bins) become name/0, name/1, ...; what counted nothing is left out."""
+    steps, found = jax.device_get(steps), {}
+    for name in sorted(set().union(*steps)):
+        value, count = (
+            sum(parts) for parts in zip(*(s[name] for s in steps if name in s), strict=True)
+        )
         for i, (v, n) in enumerate(zip(np.ravel(value), np.ravel(count), strict=True)):
             if n:
                 found[name if np.ndim(value) == 0 else f"{name}/{i}"] = float(v / n)
