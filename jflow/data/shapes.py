@@ -192,7 +192,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     def pick(options):
         return options[rng.integers(len(options))]
 
-    colored = rng.random() < 0.75
+    colored = rng.random() < 0.5
     shown = [(o.shape, o.color if colored else "") for o in scene.objects]
     counts = list(Counter(shown).items())
     listed = _list([_phrase(*counts[i]) for i in rng.permutation(len(counts))])
