@@ -93,7 +93,7 @@ def plot(rows: list[dict]) -> str:
         return left + across * index / max(len(rows) - 1, 1)
 
     def y(value: float) -> float:
-        return top + down * (1.2 - value) / 0.4
+        return top + down * (1.3 - value) / 0.5
 
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -102,7 +102,7 @@ def plot(rows: list[dict]) -> str:
         f'<rect x="{left}" y="{y(1.05):.1f}" width="{across}" '
         f'height="{y(0.95) - y(1.05):.1f}" fill="#eeeeee"/>',
     ]
-    for value in (0.8, 0.9, 1.0, 1.1, 1.2):
+    for value in (0.8, 0.9, 1.0, 1.1, 1.2, 1.3):
         parts.append(f'<text x="{left - 34}" y="{y(value) + 4:.1f}">{value:.1f}</text>')
     for index, row in enumerate(rows):
         parts.append(f'<text x="{x(index) - 10:.1f}" y="{height - 22}">{row["chips"]}</text>')
