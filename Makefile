@@ -32,7 +32,7 @@ lint: $(VENV)/.installed
 SEED ?= 0
 TWO_CORES = JAX_NUM_CPU_DEVICES=2 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592
-demo: SCENES = 16000
+demo: SCENES = 12000
 demo: BENCHMARK = prompts=240 pictures=60
 shapes: SCENES = 40000
 demo shapes: export JAX_PLATFORMS = cpu
