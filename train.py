@@ -52,7 +52,12 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
     vae = models.get("vae")
     return Modules(
         model=JanusFlow(
-            model, precision, remat=config.remat, attention=attention, unroll=config.unroll
+            model,
+            precision,
+            remat=config.remat,
+            attention=attention,
+            segments=config.data.segments,
+            unroll=config.unroll,
         ),
         vae=AutoencoderKL(VAEConfig.from_hf(vae), dtype=dtype) if vae else None,
         repa=repa.RepaHead(model.siglip.width, config.repa_hidden_size, precision),

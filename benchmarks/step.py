@@ -213,7 +213,7 @@ def measure(
     dtype = jnp.dtype(size.dtype)
     precision = Precision(compute=dtype)
     modules = Modules(
-        model=JanusFlow(size.model, precision, remat=remat),
+        model=JanusFlow(size.model, precision, remat=remat, segments=config.data.segments),
         vae=AutoencoderKL(VAEConfig(), dtype=dtype),
         repa=RepaHead(size.model.siglip.width, config.repa_hidden_size, precision),
     )

@@ -1,8 +1,8 @@
 """The one contract between data and training: what a batch holds.
 
 Rows of both kinds are packed: several samples behind each other, each its own segment with
-positions from 0; segment 0 is padding, and what a dropped prompt hides. Understanding and text
-share rows that need vocabulary logits; generation rows need none and are kept apart.
+positions from 0; segment 0 is the padding behind them. Understanding and text share rows that need
+vocabulary logits; generation rows need none and are kept apart.
 """
 
 import flax.struct
@@ -31,9 +31,9 @@ class TextRows:
 class ImageRows:
     """Packed generation samples: prompts, each followed by its time token and latents.
 
-    tokens, positions, segment_ids: [B, L] int32; of a dropped prompt all but the first token have
-    segment 0, as the sampler's unconditional half hides them. pixels: [B, G, H, W, 3] float32 in
-    [-1, 1], the clean square crops, for the VAE and for REPA's SigLIP. slots: [B, G, 1 + N] int32
+    tokens, positions, segment_ids: [B, L] int32; of a dropped prompt the first token alone is
+    there, and positions jump behind it. pixels: [B, G, H, W, 3] float32 in [-1, 1], the clean
+    square crops, for the VAE and for REPA's SigLIP. slots: [B, G, 1 + N] int32
     where the time token and the latent tokens go; L drops them. sample_ids: [B, G] int32, what
     noise and time are drawn from; -1 where a row has fewer than G images.
 

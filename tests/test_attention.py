@@ -137,6 +137,22 @@ def test_gpu_cudnn_equals_xla(length, kv_heads):
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("length, kv_heads, segments", [(643, 4, 5), (4096, 4, 13), (1280, 2, 5)])
+def test_gpu_cudnn_over_runs_equals_xla(length, kv_heads, segments):
+    """Rows as the data packs them: nothing hidden, one without padding, one that is padding."""
+    q, k, v, ids = draw(length, 4, length, 4, kv_heads, 128, jnp.bfloat16)
+    ids = jnp.asarray(np.sort(ids, axis=1)[:, ::-1])  # Runs, padding last.
+    ids = ids.at[2].set(jnp.maximum(ids[2], 1)).at[3].set(0)
+    names = dict(segment_ids=ids, segments=segments)
+    want = value_and_gradients(
+        partial(attention, precision=EXACT, implementation="xla", **names),
+        *(a.astype(jnp.float32) for a in (q, k, v)),
+    )
+    compute = partial(attention, precision=HALF, implementation="cudnn", **names)
+    close(value_and_gradients(compute, q, k, v), want, 3e-2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 def test_gpu_cudnn_behind_a_cache_and_without_mask_equals_xla():
     q, k, v, ids = draw(7, 2, 640, 4, 4, 128, jnp.bfloat16)
     cache = KVCache.of(k[None, :, :63], v[None, :, :63], ids[:, :63])
@@ -238,3 +254,17 @@ def test_remat_policies_trade_memory_and_nothing_else():
 def test_unknown_remat_is_refused():
     with pytest.raises(ValueError, match="remat must be none, dots or full, not True"):
         remat(Llama, True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_runs_cover_each_row_once(seed):
+    """Where each begins and ends, against numpy; a row of one, and -1 behind the last."""
+    rng = np.random.default_rng(seed)
+    ids = np.repeat(rng.permutation(6)[None] + 1, rng.integers(1, 9, 6), axis=1)
+    ids = np.concatenate([ids, np.zeros_like(ids)])
+    starts, lengths = module.runs(jnp.asarray(ids), 8)
+    edges = np.flatnonzero(np.diff(ids[0], prepend=-1))
+    np.testing.assert_array_equal(starts[0], [*edges, -1, -1])
+    np.testing.assert_array_equal(lengths[0], [*np.diff([*edges, ids.shape[1]]), -1, -1])
+    np.testing.assert_array_equal(starts[1], [0] + [-1] * 7)
+    np.testing.assert_array_equal(lengths[1], [ids.shape[1]] + [-1] * 7)

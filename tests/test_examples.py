@@ -1,6 +1,7 @@
 """What training sees of a record, checked by decoding it and against what inference builds."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,7 +72,7 @@ def test_targets_are_the_replies_and_prompts_are_those_of_inference(texts):
         np.testing.assert_array_equal(example.tokens[: len(asked)], asked)
         # The last token of the prompt predicts the first of the reply.
         assert len(asked) - 1 in labelled and len(asked) - 2 not in labelled
-    assert example.visible.all() and example.tokens[-1] == TOKENIZER.eos_id
+    assert example.tokens[-1] == TOKENIZER.eos_id
 
 
 def test_images_and_slots():
@@ -110,7 +111,8 @@ def test_plain_format_of_pretraining():
     np.testing.assert_array_equal(example.slots[0], np.arange(1, 2 + N))
     assert TOKENIZER.decode(example.tokens) == "What? This.So? Yes"
     assert example.tokens[0] == TOKENIZER.bos_id
-    prompt = generation_example({"images": [encoded()], "caption": " a fox "}, PLAIN, 0).tokens
+    kept = replace(PLAIN, drop_prompt=0)
+    prompt = generation_example({"images": [encoded()], "caption": " a fox "}, kept, 0).tokens
     assert TOKENIZER.decode(prompt) == "a fox"
     assert list(prompt).count(TOKENIZER.bos_id) == 1
 
@@ -165,16 +167,19 @@ def test_a_prompt_its_time_token_and_its_latents():
     assert (example.targets == -1).all()
 
 
-def test_a_tenth_of_the_prompts_is_hidden_but_for_bos():
+def test_a_tenth_of_the_prompts_is_left_out_but_for_bos():
     record = {"images": [encoded((8, 8))], "caption": "fox"}
-    length = len(prompts.generation_tokens(TOKENIZER, "fox"))
+    prompt = prompts.generation_tokens(TOKENIZER, "fox")
+    behind = len(prompt) + np.arange(5)
     dropped = 0
     for i in range(2000):
         example = generation_example(record, CHAT, i)
-        hidden = np.flatnonzero(~example.visible)
-        if len(hidden):
-            dropped += 1
-            np.testing.assert_array_equal(hidden, np.arange(1, length))
+        before = np.arange(len(prompt))
+        if len(example.tokens) == 6:
+            dropped, before = dropped + 1, [0]
+        np.testing.assert_array_equal(example.tokens[:-5], prompt[before])
+        np.testing.assert_array_equal(example.positions, [*before, *behind])
+        np.testing.assert_array_equal(example.slots, [len(before) + np.arange(5)])
     assert 150 < dropped < 250  # 200 +- 3.7 standard deviations
 
 

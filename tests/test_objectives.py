@@ -15,7 +15,6 @@ from jflow.training.objectives import ObjectiveConfig
 from tests.tiny_training import (
     FAST,
     TOKENS,
-    VOCAB,
     image_row,
     modules,
     params,
@@ -72,19 +71,20 @@ def test_packed_rows_equal_their_samples_one_by_one():
     close(loss, want, atol=1e-6)
 
 
-def test_dropped_prompt_is_invisible_but_for_its_first_token():
-    batch = single(image=(11, 6, True))
+def test_dropped_prompt_equals_a_hidden_one():
+    """All but BOS left out, or there and masked, as in the sampler's unconditional half."""
+    dropped, whole = single(image=(11, 6, True)), single(image=(11, 6, False))
+    segments = whole.images.segment_ids.copy()
+    segments[0, 1:6] = 0
 
-    def loss(tokens):
-        other = Batch(batch.text, batch.images.replace(tokens=tokens))
-        return loss_and_gradient(PARAMS, other, BATCH, STEP)[0][0]
+    def loss(rows):
+        (loss, _), gradient = loss_and_gradient(PARAMS, Batch(None, rows), BATCH, STEP)
+        return loss, gradient["janusflow"]["language_model"]["layers"]
 
-    tokens = batch.images.tokens
-    other = tokens.copy()
-    other[0, 1:6] = (other[0, 1:6] + 1) % VOCAB
-    assert loss(tokens) == loss(other)
-    other[0, 0] = (other[0, 0] + 1) % VOCAB
-    assert abs(loss(tokens) - loss(other)) > 1e-6
+    hidden = whole.images.replace(segment_ids=segments)
+    for got, want in zip(loss(dropped.images), loss(hidden), strict=True):
+        close(got, want)
+    assert abs(loss(whole.images)[0] - loss(hidden)[0]) > 1e-6
 
 
 def test_gradients_end_where_they_should():

@@ -10,14 +10,14 @@ L, S, N = 40, 4, 3
 
 
 def example(rng, length, images=1, dropped=False) -> Example:
-    visible = np.ones(length, bool)
+    positions = np.arange(length, dtype=np.int32)
     if dropped:
-        visible[1:3] = False
+        positions[1:] += 2
     starts = np.sort(rng.choice(length // (1 + N), images, replace=False)) * (1 + N)
     return Example(
         tokens=rng.integers(5, 99, length).astype(np.int32),
         targets=rng.integers(-1, 99, length).astype(np.int32),
-        visible=visible,
+        positions=positions,
         pixels=rng.random((images, S, S, 3), np.float32),
         slots=(starts[:, None] + np.arange(1 + N)).astype(np.int32),
     )
@@ -27,22 +27,23 @@ def example(rng, length, images=1, dropped=False) -> Example:
 def test_as_many_from_the_front_as_fit(seed):
     rng = np.random.default_rng(seed)
     lengths, images = rng.integers(1, L + 1, 30), rng.integers(0, 3, 30)
-    rows, most = int(rng.integers(1, 9)), int(rng.integers(2, 6))
-    found = assign(lengths.tolist(), images.tolist(), rows, L, most)
+    rows, most, samples = (int(rng.integers(*ends)) for ends in ((1, 9), (2, 6), (2, 6)))
+    found = assign(lengths.tolist(), images.tolist(), rows, L, most, samples)
     assert len(found) == rows
     for row in found:
         assert row == sorted(row)
-        assert lengths[row].sum() <= L and images[row].sum() <= most
+        assert lengths[row].sum() <= L and images[row].sum() <= most and len(row) <= samples
     placed = sorted(i for row in found for i in row)
     assert placed == list(range(len(placed)))  # The front of the window, each once.
-    again = assign(lengths[: len(placed) + 1].tolist(), images.tolist(), rows, L, most)
+    again = assign(lengths[: len(placed) + 1].tolist(), images.tolist(), rows, L, most, samples)
     assert sum(map(len, again)) == len(placed)
 
 
 def test_a_perfect_fit_is_found():
-    assert assign([10, 30, 20, 20], [0] * 4, 2, L, 0) == [[0, 1], [2, 3]]
-    assert assign([20, 20, 20], [1, 1, 1], 3, L, 1) == [[0], [1], [2]]
-    assert assign([], [], 2, L, 1) == [[], []]
+    assert assign([10, 30, 20, 20], [0] * 4, 2, L, 0, 9) == [[0, 1], [2, 3]]
+    assert assign([20, 20, 20], [1, 1, 1], 3, L, 1, 9) == [[0], [1], [2]]
+    assert assign([10, 10, 10], [0] * 3, 2, L, 0, 2) == [[0, 1], [2]]
+    assert assign([], [], 2, L, 1, 9) == [[], []]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -68,16 +69,13 @@ def test_text_rows_equal_their_samples(seed):
     assert row.pixels.shape == (5, S, S, 3) and row.slots.shape == (5, 1 + N)
 
 
-def test_image_rows_hide_dropped_prompts_and_keep_their_positions():
+def test_image_rows_keep_the_positions_behind_dropped_prompts():
     rng = np.random.default_rng(0)
     samples = [example(rng, 12), example(rng, 10, dropped=True), example(rng, 8)]
     row = image_row(samples, [70, 71, 75], L, 4, S, N)
-    hidden = np.zeros(30, bool)
-    hidden[13:15] = True
-    numbers = np.repeat([1, 2, 3], [12, 10, 8])
-    np.testing.assert_array_equal(row.segment_ids[:30], np.where(hidden, 0, numbers))
-    positions = [np.arange(n) for n in (12, 10, 8)]
-    np.testing.assert_array_equal(row.positions[:30], np.concatenate(positions))
+    np.testing.assert_array_equal(row.segment_ids[:30], np.repeat([1, 2, 3], [12, 10, 8]))
+    positions = [*range(12), 0, *range(3, 12), *range(8)]
+    np.testing.assert_array_equal(row.positions[:30], positions)
     np.testing.assert_array_equal(row.sample_ids, [70, 71, 75, -1])
     for i, (sample, start) in enumerate(zip(samples, (0, 12, 22), strict=True)):
         np.testing.assert_array_equal(row.slots[i], sample.slots[0] + start)

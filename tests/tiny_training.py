@@ -97,15 +97,15 @@ def image_row(samples: list[tuple[int, int, bool]], length: int, images: int) ->
     ids, crops = np.full(images, -1, np.int32), np.zeros((images, SIZE, SIZE, 3), np.float32)
     start = 0
     for i, (sample, prompt, dropped) in enumerate(samples):
-        stop = start + prompt + 1 + TOKENS
-        row["tokens"][start : start + prompt] = np.random.default_rng(sample).integers(
-            1, VOCAB, prompt
-        )
-        row["positions"][start:stop] = np.arange(stop - start)
-        row["segment_ids"][start:stop] = i + 1
+        positions = np.arange(prompt + 1 + TOKENS)
         if dropped:
-            row["segment_ids"][start + 1 : start + prompt] = 0
-        slots[i] = np.arange(start + prompt, stop)
+            positions = np.delete(positions, np.arange(1, prompt))
+        stop = start + len(positions)
+        words = np.random.default_rng(sample).integers(1, VOCAB, prompt)
+        row["tokens"][start : stop - 1 - TOKENS] = words[: 1 if dropped else prompt]
+        row["positions"][start:stop] = positions
+        row["segment_ids"][start:stop] = i + 1
+        slots[i] = np.arange(stop - 1 - TOKENS, stop)
         ids[i], crops[i] = sample, pixels(sample)
         start = stop
     row.pop("targets")

@@ -190,7 +190,14 @@ def _check_packing(stream: TaskStream, config: DataConfig, windows: int) -> Pack
                 if isinstance(e, Example)
             ]
             lengths, images = [n for n, _ in sizes], [n for _, n in sizes]
-            rows = packing.assign(lengths, images, stream.window.rows, config.max_seq_len, most)
+            rows = packing.assign(
+                lengths,
+                images,
+                stream.window.rows,
+                config.max_seq_len,
+                most,
+                config.samples_per_row,
+            )
             made += len(sizes)
             placed += sum(map(len, rows))
             tokens += sum(lengths[i] for row in rows for i in row)

@@ -12,7 +12,7 @@ from jflow.prompts import Tokenizer
 
 CELL = 300  # pixels, the width of a sample with its text
 _PICTURE, _GAP, _LINE, _MOST_LINES, _MOST_CHARS = 192, 10, 15, 16, 240
-# Read only; learned (an answer, its EOS, a document); hidden (a dropped prompt).
+# Read only; learned (an answer, its EOS, a document); hidden (what stands for a dropped prompt).
 _COLORS = {"read": "#555555", "learned": "#c00000", "hidden": "#b8b8b8"}
 
 
@@ -27,7 +27,7 @@ class Sheet:
 def text_runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, str]]:
     """[(kind of `_COLORS`, text)] of an example's tokens, special ones in square brackets."""
     learned = np.append(False, example.targets[:-1] >= 0)
-    kinds = np.where(learned, "learned", np.where(example.visible, "read", "hidden"))
+    kinds = np.where(learned, "learned", "read")
     names = {
         tokenizer.bos_id: "[begin]",
         tokenizer.eos_id: "[end]",
@@ -45,6 +45,8 @@ def text_runs(example: Example, tokenizer: Tokenizer) -> list[tuple[str, str]]:
             text = names_of[start].format(i - start) or tokenizer.decode(example.tokens[start:i])
             runs.append((str(kinds[start]), text))
             start = i
+    if hidden := int(np.max(np.diff(example.positions), initial=1)) - 1:
+        runs.append(("hidden", f"[dropped: {hidden} tokens]"))
     if vectors < len(example.tokens):
         runs.append(("read", f"[time] [picture: {len(example.tokens) - vectors - 1} tokens]"))
     return runs

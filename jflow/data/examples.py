@@ -61,14 +61,15 @@ class Example:
     """One sample. n tokens, k images.
 
     tokens: [n] int32. targets: [n] int32, the token that position i must predict, -1 for none.
-    visible: [n] bool, False for a dropped prompt. pixels: [k, S, S, 3] float32 in [-1, 1], for
-    SigLIP, or the one crop to generate (none where the cache holds all that is made of it).
+    positions: [n] int32, 0 to n - 1 but behind a dropped prompt. pixels: [k, S, S, 3] float32 in
+    [-1, 1], for SigLIP, or the one crop to generate (none where the cache holds all that is made of
+    it).
     slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
-    visible: np.ndarray
+    positions: np.ndarray
     pixels: np.ndarray
     slots: np.ndarray
     cached: CachedImage | None = None
@@ -99,7 +100,7 @@ def understanding_example(record: dict[str, Any], fmt: Format, sample_id: int) -
     return Example(
         tokens=tokens,
         targets=targets,
-        visible=np.ones(len(tokens), bool),
+        positions=np.arange(len(tokens), dtype=np.int32),
         pixels=np.array(pixels, np.float32).reshape(-1, size, size, 3),
         slots=prompts.image_slots(tokens, fmt.tokenizer).astype(np.int32),
     )
@@ -120,7 +121,7 @@ def text_example(record: dict[str, Any], fmt: Format, sample_id: int) -> Example
     return Example(
         tokens=tokens,
         targets=np.append(tokens[1:], np.int32(-1)),
-        visible=np.ones(len(tokens), bool),
+        positions=np.arange(len(tokens), dtype=np.int32),
         pixels=np.zeros((0, fmt.processor.image_size, fmt.processor.image_size, 3), np.float32),
         slots=np.zeros((0, 1 + fmt.tokenizer.num_image_tokens), np.int32),
     )
@@ -131,8 +132,9 @@ def generation_example(
 ) -> Example:
     """A prompt, then one time token and the latents of the image: no token is a target.
 
-    A dropped prompt keeps BOS, its length and its positions, and is hidden, as in the sampler's
-    unconditional half. With `cached`, the crop is the one that was cached, in every epoch.
+    Of a dropped prompt BOS is left, and what follows keeps its positions: what the sampler's
+    unconditional half computes, which hides the prompt instead. With `cached`, the crop is the one
+    that was cached, in every epoch.
     """
     caption = _choose(record, generator(fmt.seed, "caption", sample_id))
     if fmt.template == "chat":
@@ -143,9 +145,10 @@ def generation_example(
     places = np.full(1 + fmt.latent_tokens, fmt.tokenizer.pad_id, np.int32)
     tokens = np.concatenate([prompt, places])
     _check_length(len(tokens), fmt)
-    visible = np.ones(len(tokens), bool)
+    positions = np.arange(len(tokens), dtype=np.int32)
     if generator(fmt.seed, "drop", sample_id).random() < fmt.drop_prompt:
-        visible[1 : len(prompt)] = False
+        kept = np.append(0, positions[len(prompt) :])
+        tokens, positions = tokens[kept], positions[kept]
     if cached is None:
         pixels = _crop(record, fmt.image_size, generator(fmt.seed, "crop", sample_id))
     elif cached.features is None:
@@ -155,9 +158,9 @@ def generation_example(
     return Example(
         tokens=tokens,
         targets=np.full(len(tokens), -1, np.int32),
-        visible=visible,
+        positions=positions,
         pixels=pixels,
-        slots=np.arange(len(prompt), len(tokens), dtype=np.int32)[None],
+        slots=np.arange(len(tokens) - len(places), len(tokens), dtype=np.int32)[None],
         cached=cached,
     )
 

@@ -64,8 +64,9 @@ class WindowConfig:
 class DataConfig:
     """What is trained on. Defaults: the paper's stage 2, except for the sources.
 
-    batch_rows: rows of all tasks in a batch. images_per_row: the most images to understand, and
-    crops_per_row the most to generate, in one row. drop_prompt: share of generation samples.
+    batch_rows: rows of all tasks in a batch. images_per_row: the most images to understand,
+    crops_per_row the most to generate, and samples_per_row the most samples of any kind, in one
+    row. drop_prompt: share of generation samples.
     max_broken_share: of the samples read since the start (of 1,000 at least); beyond, the run
     stops, at its first batch or at one of every broken_check_steps. threads and prefetch (in
     windows): of each process. cache: folder of `python -m jflow.data cache`; "" encodes anew.
@@ -83,6 +84,7 @@ class DataConfig:
     text: WindowConfig = WindowConfig(samples=40, rows=8)
     images_per_row: int = 6
     crops_per_row: int = 6
+    samples_per_row: int = 12
     drop_prompt: float = 0.1
     max_broken_share: float = 0.01
     broken_check_steps: int = 50
@@ -90,6 +92,11 @@ class DataConfig:
     threads: int = 8
     prefetch: int = 16
     cache: str = ""
+
+    @property
+    def segments(self) -> int:
+        """Runs of tokens in a row at most: samples, and the padding behind them."""
+        return self.samples_per_row + 1
 
     def __post_init__(self):
         starts = [phase.from_step for phase in self.mixture]

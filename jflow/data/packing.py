@@ -1,4 +1,4 @@
-"""Several examples a row: segments that cannot see each other, positions from 0 in each.
+"""Several examples a row, each a segment: one run of tokens that see none of another.
 
 Packing looks at one window of examples at a time and fills a fixed number of rows with it, so a
 row depends on its window alone and any row can be made without those before it. What does not
@@ -15,7 +15,12 @@ from jflow.data.examples import CachedImage, Example
 
 
 def assign(
-    lengths: Sequence[int], images: Sequence[int], rows: int, row_len: int, row_images: int
+    lengths: Sequence[int],
+    images: Sequence[int],
+    rows: int,
+    row_len: int,
+    row_images: int,
+    row_samples: int,
 ) -> list[list[int]]:
     """Which examples share a row: as many from the front of the window as fit.
 
@@ -24,35 +29,35 @@ def assign(
 
     Args:
       lengths, images: tokens and images of each example; none may be more than a row holds.
-      rows: how many there are to fill. row_len, row_images: what one row holds at most.
+      rows: how many there are to fill. row_len, row_images, row_samples: what one row holds at
+        most, of tokens, images and examples.
 
     Returns:
       for each row its examples, in their own order.
     """
     for count in range(len(lengths), 0, -1):
         if sum(lengths[:count]) <= rows * row_len:
-            found = _first_fit(lengths[:count], images[:count], rows, row_len, row_images)
+            most = row_len, row_images, row_samples
+            found = _first_fit(lengths[:count], images[:count], rows, most)
             if found is not None:
                 return found
     return [[] for _ in range(rows)]
 
 
 def _first_fit(
-    lengths: Sequence[int], images: Sequence[int], rows: int, row_len: int, row_images: int
+    lengths: Sequence[int], images: Sequence[int], rows: int, most: tuple[int, int, int]
 ) -> list[list[int]] | None:
     """First fit, the longest first, equals in their order; None unless all fit."""
     found: list[list[int]] = [[] for _ in range(rows)]
-    tokens_left, images_left = [row_len] * rows, [row_images] * rows
+    left = [most] * rows  # tokens, images and samples
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = (
-            r for r in range(rows) if lengths[i] <= tokens_left[r] and images[i] <= images_left[r]
-        )
+        size = lengths[i], images[i], 1
+        fits = (r for r in range(rows) if all(a <= b for a, b in zip(size, left[r], strict=True)))
         row = next(fits, None)
         if row is None:
             return None
         found[row].append(i)
-        tokens_left[row] -= lengths[i]
-        images_left[row] -= images[i]
+        left[row] = tuple(b - a for a, b in zip(size, left[row], strict=True))
     return [sorted(row) for row in found]
 
 
@@ -112,11 +117,11 @@ def image_row(
 
 
 def _tokens(examples: Sequence[Example], row_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[L] tokens, positions, segment ids: from 1 by example, 0 for padding and what is hidden."""
+    """[L] tokens, positions, segment ids: from 1 by example, 0 for padding."""
     tokens, positions, segments = (np.zeros(row_len, np.int32) for _ in range(3))
     _place([example.tokens for example in examples], tokens)
-    _place([np.arange(len(example.tokens)) for example in examples], positions)
-    _place([number * e.visible for number, e in enumerate(examples, 1)], segments)
+    _place([example.positions for example in examples], positions)
+    _place([np.full(len(e.tokens), number) for number, e in enumerate(examples, 1)], segments)
     return tokens, positions, segments
 
 

@@ -215,7 +215,9 @@ class Loader:
         lengths = [len(example.tokens) for example in examples]
         images = [len(example.slots) for example in examples]
         most = config.crops_per_row if task == "generation" else config.images_per_row
-        packed = packing.assign(lengths, images, stream.window.rows, config.max_seq_len, most)
+        packed = packing.assign(
+            lengths, images, stream.window.rows, config.max_seq_len, most, config.samples_per_row
+        )
         begins = any(inside == 0 for _, inside in wanted)
         rows = {}
         for place, inside in wanted:

@@ -4,8 +4,9 @@ xla     any backend: the scores of all queries at once, or of one block of queri
         where there are many, so that [B, H, T, T] never exists. Reads a cache in place.
 splash  TPU: the Pallas kernel that comes with JAX; scores and masks stay on the chip. Trains and
         reads prompts, has no cache. On another platform it runs in Pallas' interpreter, for tests.
-cudnn   GPU: cuDNN's flash attention, 16-bit numbers only. Segments reach it as a mask over one
-        block of queries at a time, made again in the backward pass.
+cudnn   GPU: cuDNN's flash attention, 16-bit numbers only. It can be told where the samples of a
+        packed row begin, and computes no more than each of them (from Hopper on); else segments
+        reach it as a mask over one block of queries at a time, made again in the backward pass.
 
 Axes: B batch, T new tokens, S tokens seen, H query heads, K key/value heads, D head width.
 """
@@ -16,6 +17,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+# What jax.nn.dot_product_attention calls; it has no word for where samples begin.
+from jax._src.cudnn import fused_attention_stablehlo as fused
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
@@ -39,6 +43,7 @@ def attention(
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     implementation: Implementation = "auto",
+    segments: int | None = None,
 ) -> jax.Array:
     """softmax(q k' / sqrt(D)) v over the cached tokens and the new ones together.
 
@@ -50,6 +55,8 @@ def attention(
         segment.
       implementation: see the module; "auto" is by platform and shape, and what the chosen one
         cannot compute falls to xla.
+      segments: of how many at most a row is made, padding counted, each one run of tokens (as
+        batch.py has them); None where that is not known.
 
     Returns: [B, T, H, D]. Raises ValueError for heads that do not divide.
     """
@@ -59,6 +66,8 @@ def attention(
     chosen = choose(q, k, segment_ids, cache, implementation)
     if chosen == "splash":
         return _splash(q, k, v, segment_ids)
+    if chosen == "cudnn" and segment_ids is not None and cache is None and segments and hopper():
+        return _cudnn_packed(q, k, v, segment_ids, segments)
     if chosen == "cudnn":
         return _cudnn(q, k, v, segment_ids, cache)
     if segment_ids is None:
@@ -98,6 +107,11 @@ def platform() -> str:
     """Where the program at hand will run: on the mesh in use, which may be of other machines."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()
+
+
+def hopper() -> bool:
+    """Is this machine's GPU of a kind for which cuDNN has kernels for packed rows?"""
+    return float(jax.local_devices(backend="gpu")[0].compute_capability) >= 9
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -222,6 +236,36 @@ def _cudnn(q, k, v, segment_ids, cache) -> jax.Array:
     v = jnp.concatenate([rearrange(cache.v, "B K S D -> B S K D"), v], axis=1)
     mask = jnp.concatenate([seen(segment_ids, cache), causal_mask(segment_ids)], axis=2)
     return attend(q, k, v, mask)
+
+
+def runs(segment_ids: jax.Array, segments: int) -> tuple[jax.Array, jax.Array]:
+    """[B, T] segment ids -> where each run of one id begins, and its length; [B, segments] int32.
+
+    -1 behind the last run.
+
+    >>> [a.tolist() for a in runs(jnp.array([[7, 7, 8, 0]]), 4)]
+    [[[0, 2, 3, -1]], [[2, 1, 1, -1]]]
+    """
+    length = segment_ids.shape[1]
+
+    def one(ids):
+        first = jnp.append(True, ids[1:] != ids[:-1])
+        edges = jnp.nonzero(first, size=segments + 1, fill_value=length)[0].astype(jnp.int32)
+        there = edges[:-1] < length
+        return jnp.where(there, edges[:-1], -1), jnp.where(there, jnp.diff(edges), -1)
+
+    return jax.vmap(one)(segment_ids)
+
+
+def _cudnn_packed(q, k, v, segment_ids, segments: int) -> jax.Array:
+    """cuDNN's flash attention over each run of a row alone."""
+    starts, lengths = runs(segment_ids, segments)
+    starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    return fused.dot_product_attention(
+        q, k, v,
+        q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
+        scale=q.shape[3] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
+    )  # fmt: skip
 
 
 def _padded(q, k, v, segment_ids, multiple: int) -> tuple:

@@ -145,13 +145,20 @@ class JanusFlow(nn.Module):
     scan_layers: bool = True  # False: see Llama
     remat: Remat = "none"
     attention: Implementation = "auto"  # of the language model and SigLIP
+    segments: int | None = None  # see attention.attention
     unroll: int = 1  # see Llama
 
     def setup(self):
         config, precision = self.config, self.precision
         hidden = config.language.hidden_size
         self.language_model = Llama(
-            config.language, precision, self.scan_layers, self.remat, self.attention, self.unroll
+            config.language,
+            precision,
+            self.scan_layers,
+            self.remat,
+            self.attention,
+            self.segments,
+            self.unroll,
         )
         self.vision_und_enc_model = Siglip(config.siglip, precision, self.remat, self.attention)
         self.vision_und_enc_aligner = Linear(hidden, precision)

@@ -85,6 +85,7 @@ class Attention(nn.Module):
     config: LlamaConfig
     precision: Precision
     attention: Implementation
+    segments: int | None
 
     @nn.compact
     def __call__(self, x, angles, segment_ids, cache):
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         q = rotary_embedding(project(config.num_attention_heads, "q_proj"), *angles)
         k = rotary_embedding(project(config.kv_heads, "k_proj"), *angles)
         v = project(config.kv_heads, "v_proj")
-        out = attention(q, k, v, self.precision, segment_ids, cache, self.attention)
+        out = attention(q, k, v, self.precision, segment_ids, cache, self.attention, self.segments)
         out = rearrange(out, "B T H D -> B T (H D)")
         return Linear(config.hidden_size, self.precision, use_bias=False, name="o_proj")(out), k, v
 
@@ -122,14 +123,15 @@ class Block(nn.Module):
     config: LlamaConfig
     precision: Precision
     attention: Implementation
+    segments: int | None
 
     @nn.compact
     def __call__(self, x, angles, segment_ids, cache):
         eps = self.config.rms_norm_eps
         y = RMSNorm(eps, self.precision, name="input_layernorm")(x)
-        y, k, v = Attention(self.config, self.precision, self.attention, name="self_attn")(
-            y, angles, segment_ids, cache
-        )
+        y, k, v = Attention(
+            self.config, self.precision, self.attention, self.segments, name="self_attn"
+        )(y, angles, segment_ids, cache)
         x = x + y
         y = RMSNorm(eps, self.precision, name="post_attention_layernorm")(x)
         x = x + Mlp(self.config, self.precision, name="mlp")(y)
@@ -147,6 +149,7 @@ class TappedBlock(nn.Module):
     precision: Precision
     remat: Remat
     attention: Implementation
+    segments: int | None
 
     @nn.compact
     def __call__(self, carry, layer, cache, cached_ids, angles, segment_ids, tap_layer):
@@ -154,7 +157,7 @@ class TappedBlock(nn.Module):
         if cache is not None:
             cache = cache.replace(segment_ids=cached_ids)
         block = remat(Block, self.remat)
-        x, k, v = block(self.config, self.precision, self.attention, name="block")(
+        x, k, v = block(self.config, self.precision, self.attention, self.segments, name="block")(
             x, angles, segment_ids, cache
         )
         if tap_layer is not None:
@@ -171,7 +174,7 @@ class Llama(nn.Module):
     unroll: so many blocks a trip of the scan; more compile longer and need fewer copies in and out
       of the stack, and fewer meetings of the devices for gradients.
     remat: what each block computes again in the backward pass, see `layers.remat`.
-    attention: see attention.py.
+    attention, segments: see attention.attention.
     """
 
     config: LlamaConfig
@@ -179,6 +182,7 @@ class Llama(nn.Module):
     scan_layers: bool = True
     remat: Remat = "none"
     attention: Implementation = "auto"
+    segments: int | None = None
     unroll: int = 1
 
     def setup(self):
@@ -191,7 +195,7 @@ class Llama(nn.Module):
             (config.vocab_size, config.hidden_size),
             precision.param,
         )
-        block = (config, precision, self.remat, self.attention)
+        block = (config, precision, self.remat, self.attention, self.segments)
         if self.scan_layers:
             self.layers = nn.scan(
                 TappedBlock,
