@@ -39,8 +39,8 @@ def jobs(workload: Workload) -> dict[str, Callable]:
     config = JanusFlowConfig.from_hf(workload.config, SIGLIP_SIZES)
     leaves = leaves_of(workload.config)
     params = jax.device_put(read_params(leaves, find_tensors(workload.weights)))
-    drawing = JanusFlow(config, precision)
-    answering = JanusFlow(config, precision, scan_layers=False)
+    drawing = JanusFlow(config, precision, segments=2)
+    answering = JanusFlow(config, precision, scan_layers=False, segments=2)
     unstacked = params | {"language_model": unstack_layers(dict(params["language_model"]))}
     grid = flow.time_grid(workload.steps)
     vae = AutoencoderKL(VAEConfig(), dtype=dtype, param_dtype=dtype)

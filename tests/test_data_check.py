@@ -32,7 +32,7 @@ def get_config():
                 SourceConfig("text", "jsonl", "FOLDER/text.jsonl"),
             ),
             mixture=(MixtureConfig(0, 30, 50, 20), MixtureConfig(100, 14, 80, 6)),
-            batch_rows=8, max_seq_len=160, threads=2, prefetch=2,
+            batch_rows=8, max_seq_len=160, threads=2, prefetch=2, drop_prompt=0,
             understanding=WindowConfig(3, 2), generation=WindowConfig(8, 2),
             text=WindowConfig(5, 1),
         ),
@@ -90,7 +90,7 @@ def test_lengths_are_those_of_the_examples(good, tiny_ckpt):
     folder, report = good
     _, files = checkpoints.read_metadata(tiny_ckpt)
     found = {source["task"]: source for source in report["sources"]}
-    fmt = Format(TOKENIZER, ImageProcessor.from_files(files), 64, 16, 160)
+    fmt = Format(TOKENIZER, ImageProcessor.from_files(files), 64, 16, 160, drop_prompt=0)
     records = [{"images": [png()], "caption": word} for word in WORDS]
     for task, make in (
         ("generation", generation_example),

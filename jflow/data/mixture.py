@@ -84,7 +84,7 @@ class DataConfig:
     text: WindowConfig = WindowConfig(samples=40, rows=8)
     images_per_row: int = 6
     crops_per_row: int = 6
-    samples_per_row: int = 12
+    samples_per_row: int = 10
     drop_prompt: float = 0.1
     max_broken_share: float = 0.01
     broken_check_steps: int = 50

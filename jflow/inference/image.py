@@ -1,7 +1,7 @@
 """Text to image: prompts are read once into a cache, then a solver follows the velocity.
 
-Both guidance halves share one prefix cache: attention is causal, so the begin-of-sentence token,
-all that the unconditional half may see of it, has the same keys and values in both.
+Attention is causal, so the begin-of-sentence token, all that the unconditional half of the guidance
+may see of a prompt, has the same keys and values in both halves.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jflow import flow, rng
 from jflow.models.janusflow import JanusFlow
-from jflow.models.layers import KVCache
+from jflow.models.layers import Prefix
 from jflow.models.vae import AutoencoderKL
 from jflow.samplers import SOLVERS, Velocity
 
@@ -21,31 +21,39 @@ def initial_noise(seed: int, indices: jax.Array, shape: tuple[int, ...]) -> jax.
     return jax.vmap(lambda index: jax.random.normal(rng.fold(seed, "noise", index), shape))(indices)
 
 
-def encode_prefix(model: JanusFlow, params: dict, tokens: jax.Array, lengths: jax.Array) -> KVCache:
-    """Prompts [B, P] with `lengths` [B] valid tokens at the left -> their keys and values."""
+def encode_prefix(model: JanusFlow, params: dict, tokens: jax.Array, lengths: jax.Array) -> Prefix:
+    """Prompts [B, P] with `lengths` [B] valid tokens at the left -> their keys and values, at the
+    right: an image continues its prompt without a gap."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     segment_ids = (positions < lengths[:, None]).astype(jnp.int32)
     variables = {"params": params}
     x = model.apply(variables, tokens, method="embed_text")
     out = model.apply(variables, x, positions, segment_ids, method="language")
-    return KVCache.of(out.k, out.v, segment_ids)
+    gap = tokens.shape[1] - lengths
+    k, v = (jax.vmap(partial(jnp.roll, axis=1), (1, 0), 1)(a, gap) for a in (out.k, out.v))
+    return Prefix.of(k, v, jax.vmap(jnp.roll)(segment_ids, gap))
 
 
-def with_unconditional(prefix: KVCache) -> KVCache:
-    """[B] prompts -> [2 B]: the prompts, then the same rows with all but their first token hidden.
+def with_unconditional(prefix: Prefix) -> Prefix:
+    """[B] prompts -> [2 B]: the prompts, then rows in which only their first tokens can be seen.
 
-    The released sampler does the same with pad tokens that attention may not see.
+    The released sampler has pad tokens there that attention may not see.
     """
-    first = jnp.arange(prefix.segment_ids.shape[1]) == 0
-    segment_ids = jnp.concatenate([prefix.segment_ids, prefix.segment_ids * first])
-    k, v = (jnp.concatenate([a, a], axis=1) for a in (prefix.k, prefix.v))
-    return KVCache(k=k, v=v, segment_ids=segment_ids)
+    first = jnp.argmax(prefix.segment_ids, axis=1)
+
+    def join(a):
+        alone = jnp.take_along_axis(a, first[None, :, None, None, None], axis=2)
+        return jnp.concatenate([a, jnp.broadcast_to(alone, a.shape)], axis=1)
+
+    last = jnp.zeros_like(prefix.segment_ids).at[:, -1].set(1)
+    segment_ids = jnp.concatenate([prefix.segment_ids, last])
+    return Prefix.of(join(prefix.k), join(prefix.v), segment_ids)
 
 
 def velocity(
     model: JanusFlow,
     params: dict,
-    prefix: KVCache,
+    prefix: Prefix,
     lengths: jax.Array,
     z: jax.Array,
     timestep: jax.Array,
@@ -82,7 +90,7 @@ def velocity(
 def guided_velocity(
     model: JanusFlow,
     params: dict,
-    prefix: KVCache,
+    prefix: Prefix,
     lengths: jax.Array,
     guidance_scale: jax.Array,
     guided: bool = True,

@@ -158,7 +158,8 @@ class Pipeline:
         processor = images.ImageProcessor.from_files(files)
         check_parts(model_config, vae, tokenizer, processor)
         return cls(
-            model=JanusFlow(model_config, precision, scan_layers),
+            # A row is padding and what continues a prompt, or is one with padding behind.
+            model=JanusFlow(model_config, precision, scan_layers, segments=2),
             vae=vae,
             params=params,
             tokenizer=tokenizer,

@@ -8,6 +8,8 @@ cudnn   GPU: cuDNN's flash attention, 16-bit numbers only. It can be told where 
         packed row begin, and computes no more than each of them (from Hopper on); else segments
         reach it as a mask over one block of queries at a time, made again in the backward pass.
 
+New tokens are the last ones of the keys; T = S where nothing lies before them.
+
 Axes: B batch, T new tokens, S tokens seen, H query heads, K key/value heads, D head width.
 """
 
@@ -24,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
 
-from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision
+from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision, Prefix
 from jflow.sharding import spec
 
 Implementation = Literal["auto", "xla", "splash", "cudnn"]
@@ -41,7 +43,7 @@ def attention(
     v: jax.Array,
     precision: Precision,
     segment_ids: jax.Array | None = None,
-    cache: KVCache | None = None,
+    cache: KVCache | Prefix | None = None,
     implementation: Implementation = "auto",
     segments: int | None = None,
 ) -> jax.Array:
@@ -55,8 +57,8 @@ def attention(
         segment.
       implementation: see the module; "auto" is by platform and shape, and what the chosen one
         cannot compute falls to xla.
-      segments: of how many at most a row is made, padding counted, each one run of tokens (as
-        batch.py has them); None where that is not known.
+      segments: of how many at most a row is made, with what is before it in a Prefix and padding
+        counted, each one run of tokens (as batch.py has them); None where that is not known.
 
     Returns: [B, T, H, D]. Raises ValueError for heads that do not divide.
     """
@@ -64,18 +66,21 @@ def attention(
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads do not divide over {kv_heads} key/value heads.")
     chosen = choose(q, k, segment_ids, cache, implementation)
+    if isinstance(cache, Prefix):
+        k, v = (jnp.concatenate(pair, axis=1) for pair in ((cache.k, k), (cache.v, v)))
+        segment_ids = jnp.concatenate([cache.segment_ids, segment_ids], axis=1)
     if chosen == "splash":
         return _splash(q, k, v, segment_ids)
-    if chosen == "cudnn" and segment_ids is not None and cache is None and segments and hopper():
-        return _cudnn_packed(q, k, v, segment_ids, segments)
     if chosen == "cudnn":
-        return _cudnn(q, k, v, segment_ids, cache)
+        if segment_ids is not None and segments and hopper():
+            return _cudnn_packed(q, k, v, segment_ids, segments)
+        return _cudnn(q, k, v, segment_ids)
     if segment_ids is None:
         return _xla(q, k, v, None, precision)
-    if cache is not None:
+    if isinstance(cache, KVCache):
         return _xla(q, k, v, causal_mask(segment_ids), precision, cache, seen(segment_ids, cache))
-    if q.shape[1] <= DENSE:
-        return _xla(q, k, v, causal_mask(segment_ids), precision)
+    if k.shape[1] <= DENSE:
+        return _xla(q, k, v, causal_mask(segment_ids)[:, -q.shape[1] :], precision)
     return _xla_in_blocks(q, k, v, segment_ids, precision)
 
 
@@ -83,7 +88,7 @@ def choose(
     q: jax.Array,
     k: jax.Array,
     segment_ids: jax.Array | None,
-    cache: KVCache | None,
+    cache: KVCache | Prefix | None,
     implementation: Implementation,
 ) -> Literal["xla", "splash", "cudnn"]:
     """What computes these shapes; see `attention`."""
@@ -98,7 +103,8 @@ def choose(
     # cuDNN: 16 bits, D a multiple of 8 up to 256; its backward pass wants even T and S.
     sixteen = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 256
     even = segment_ids is not None or (queries % 2 == 0 and k.shape[1] % 2 == 0)
-    if implementation == "cudnn" and queries > 1 and sixteen and even:
+    cached = isinstance(cache, KVCache)
+    if implementation == "cudnn" and queries > 1 and sixteen and even and not cached:
         return "cudnn"
     return "xla"
 
@@ -187,7 +193,7 @@ def _xla_in_blocks(q, k, v, segment_ids, precision) -> jax.Array:
 
     A loop, because a compiler may well compute parts that do not depend on each other at once.
     """
-    length = q.shape[1]
+    new, before = q.shape[1], k.shape[1] - q.shape[1]
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, BLOCK)
 
     @jax.checkpoint
@@ -198,44 +204,36 @@ def _xla_in_blocks(q, k, v, segment_ids, precision) -> jax.Array:
 
     parts = (
         rearrange(q, "B (n t) H D -> n B t H D", t=BLOCK),
-        rearrange(segment_ids, "B (n t) -> n B t", t=BLOCK),
-        jnp.arange(0, q.shape[1], BLOCK),
+        rearrange(segment_ids[:, before:], "B (n t) -> n B t", t=BLOCK),
+        jnp.arange(before, k.shape[1], BLOCK),
     )
     _, out = jax.lax.scan(block, None, parts)
-    return rearrange(out, "n B t H D -> B (n t) H D")[:, :length]
+    return rearrange(out, "n B t H D -> B (n t) H D")[:, :new]
 
 
-def _cudnn(q, k, v, segment_ids, cache) -> jax.Array:
+def _cudnn(q, k, v, segment_ids) -> jax.Array:
     """cuDNN's flash attention; JAX splits it over a mesh by itself.
 
-    New tokens alone are computed in blocks of queries, each over the keys up to its end, so that
+    With segments it is computed in blocks of queries, each over the keys up to its end, so that
     half of the products fall away and no whole mask exists.
     """
+    if segment_ids is None:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    new, before = q.shape[1], k.shape[1] - q.shape[1]
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
 
-    def attend(q, k, v, mask=None):
-        mask = None if mask is None else mask[:, None]
+    @partial(jax.checkpoint, policy=_keep_flash)
+    def block(q, k, v, query_ids, key_ids):
+        mask = _rows_of_mask(query_ids, key_ids, k.shape[1] - q.shape[1])[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
-    if segment_ids is None:
-        return attend(q, k, v)
-    if cache is None:
-        length = q.shape[1]
-        q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
-
-        @partial(jax.checkpoint, policy=_keep_flash)
-        def block(q, k, v, query_ids, key_ids):
-            return attend(q, k, v, _rows_of_mask(query_ids, key_ids, k.shape[1] - q.shape[1]))
-
-        out = []
-        for start in range(0, q.shape[1], BLOCK):
-            now, past = slice(start, start + BLOCK), slice(start + BLOCK)
-            ids = segment_ids[:, now], segment_ids[:, past]
-            out.append(block(q[:, now], k[:, past], v[:, past], *ids))
-        return jnp.concatenate(out, axis=1)[:, :length]
-    k = jnp.concatenate([rearrange(cache.k, "B K D S -> B S K D"), k], axis=1)
-    v = jnp.concatenate([rearrange(cache.v, "B K S D -> B S K D"), v], axis=1)
-    mask = jnp.concatenate([seen(segment_ids, cache), causal_mask(segment_ids)], axis=2)
-    return attend(q, k, v, mask)
+    out = []
+    for start in range(before, k.shape[1], BLOCK):
+        stop = min(start + BLOCK, k.shape[1])
+        queries = slice(start - before, stop - before)
+        ids = segment_ids[:, start:stop], segment_ids[:, :stop]
+        out.append(block(q[:, queries], k[:, :stop], v[:, :stop], *ids))
+    return jnp.concatenate(out, axis=1)[:, :new]
 
 
 def runs(segment_ids: jax.Array, segments: int) -> tuple[jax.Array, jax.Array]:
@@ -258,18 +256,22 @@ def runs(segment_ids: jax.Array, segments: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _cudnn_packed(q, k, v, segment_ids, segments: int) -> jax.Array:
-    """cuDNN's flash attention over each run of a row alone."""
+    """cuDNN's flash attention over each run of a row alone; tokens of a prefix ask nothing."""
+    before = k.shape[1] - q.shape[1]
+    q = jnp.pad(q, ((0, 0), (before, 0), (0, 0), (0, 0)))
     starts, lengths = runs(segment_ids, segments)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
-    return fused.dot_product_attention(
+    out = fused.dot_product_attention(
         q, k, v,
         q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
         scale=q.shape[3] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
     )  # fmt: skip
+    return out[:, before:]
 
 
 def _padded(q, k, v, segment_ids, multiple: int) -> tuple:
-    """All four, their tokens padded to a multiple; the padding is a segment of its own."""
+    """All four, padded behind their last tokens until the queries are a multiple; the padding is a
+    segment of its own."""
     missing = -q.shape[1] % multiple
     q, k, v = (jnp.pad(a, ((0, 0), (0, missing), (0, 0), (0, 0))) for a in (q, k, v))
     return q, k, v, jnp.pad(segment_ids, ((0, 0), (0, missing)), constant_values=NOBODY)

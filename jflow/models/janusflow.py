@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from jflow.models.attention import Implementation
-from jflow.models.layers import KVCache, Linear, Precision, Remat, RMSNorm, put
+from jflow.models.layers import KVCache, Linear, Precision, Prefix, Remat, RMSNorm, put
 from jflow.models.llama import Llama, LlamaConfig, LlamaOutput
 from jflow.models.siglip import SIGLIP_BY_NAME, Siglip, SiglipConfig
 from jflow.models.uvit import GenDecoder, GenDecoderConfig, GenEncoder, GenEncoderConfig
@@ -237,7 +237,7 @@ class JanusFlow(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: KVCache | None = None,
+        cache: KVCache | Prefix | None = None,
         tap_layer: int | None = None,
     ) -> LlamaOutput:
         """The decoder over embeddings; see `Llama.__call__`."""

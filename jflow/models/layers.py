@@ -179,6 +179,25 @@ class KVCache:
         )
 
 
+@flax.struct.dataclass
+class Prefix:
+    """Keys and values of S tokens that all that is computed continues; read only.
+
+    k, v: [layers, B, S, K, D] as the model makes them, or without layers inside one layer: beside
+      hundreds of new tokens they are joined with theirs.
+    segment_ids: [B, S], as of `KVCache`; the tokens that new ones see lie right before them.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    segment_ids: jax.Array
+
+    @classmethod
+    def of(cls, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> "Prefix":
+        k, v = (constrain(a, None, "batch", None, "heads", None) for a in (k, v))
+        return cls(k, v, segment_ids)
+
+
 def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     """[B] timesteps in [0, 1000] -> [B, dim] float32, cosines before sines.
 

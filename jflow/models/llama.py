@@ -16,6 +16,7 @@ from jflow.models.layers import (
     KVCache,
     Linear,
     Precision,
+    Prefix,
     Remat,
     RMSNorm,
     remat,
@@ -223,7 +224,7 @@ class Llama(nn.Module):
         x: jax.Array,
         positions: jax.Array,
         segment_ids: jax.Array,
-        cache: KVCache | None = None,
+        cache: KVCache | Prefix | None = None,
         tap_layer: int | None = None,
     ) -> LlamaOutput:
         """Runs the blocks over new tokens, behind those of `cache` if there is one.
@@ -254,7 +255,7 @@ class Llama(nn.Module):
         else:
             new = []
             for i, layer in enumerate(self.layers):
-                past = cache and KVCache(cache.k[i], cache.v[i], cache.segment_ids[i])
+                past = cache and jax.tree.map(lambda a: a[i], cache)  # noqa: B023
                 carry, kv = layer(carry, i, past, *shared)
                 new.append(kv)
             k, v = (jnp.stack(values) for values in zip(*new, strict=True))

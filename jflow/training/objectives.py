@@ -140,8 +140,9 @@ def image_sums(
 
     Raises ValueError where SigLIP's grid is not the grid of latent tokens, unless repa_weight is 0.
     """
-    model, variables = modules.model, {"params": params["janusflow"]}
-    images = rows.slots.shape[1]
+    images, variables = rows.slots.shape[1], {"params": params["janusflow"]}
+    # Each sample has an image.
+    model = modules.model.clone(segments=images + 1)
 
     def at(hidden):
         """[B, L, D] -> [B * G, N, D] at the latent tokens, the time token left out."""
