@@ -235,7 +235,9 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
     began = time.perf_counter()
     work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
     mesh = mesh_of(args.mesh)
-    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=work is draw, mesh=mesh)
+    # A GPU would copy each layer's weights out of the stack, in every step.
+    scan = work is draw and jax.default_backend() != "gpu"
+    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=scan, mesh=mesh)
     loaded, before = time.perf_counter(), replace(stats)
     count = work(args, pipeline)
     compiling = stats.seconds - before.seconds

@@ -9,11 +9,13 @@ The weight rule and the crc32 of every tensor are those of tests/golden/README.m
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -48,16 +50,20 @@ def write_shards(keys: dict[str, list[int]], checks: dict, dtype, folder: Path, 
         weight_map.update(dict.fromkeys(shard, name))
         shard.clear()
 
-    for key, shape in tqdm(keys.items(), desc=f"making {folder.name}"):
-        array = tensor(key, shape)
+    def make(key):
+        array = tensor(key, keys[key])
         check = checks.get(key, {}).get("crc32_of_float32_le_bytes")
         if check is not None and zlib.crc32(array.tobytes()) != check:
             raise SystemExit(f"{key} is not what the weight rule gives.")
-        shard[key] = array.astype(dtype)
-        size += shard[key].nbytes
-        if size > SHARD_BYTES:
-            flush()
-            size = 0
+        return array.astype(dtype)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = tqdm(pool.map(make, keys), desc=f"making {folder.name}", total=len(keys))
+        for key, shard[key] in zip(keys, made, strict=True):
+            size += shard[key].nbytes
+            if size > SHARD_BYTES:
+                flush()
+                size = 0
     flush()
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))

@@ -1,5 +1,5 @@
-"""jflow's side of benchmarks/sampling.py, as sample.py runs it: prompts padded, layers unrolled for
-answers, tokens in chunks."""
+"""jflow's side of benchmarks/sampling.py, as sample.py runs it: prompts padded, layers apart for
+answers and on GPUs, tokens in chunks."""
 
 import time
 from collections.abc import Callable
@@ -39,9 +39,11 @@ def jobs(workload: Workload) -> dict[str, Callable]:
     config = JanusFlowConfig.from_hf(workload.config, SIGLIP_SIZES)
     leaves = leaves_of(workload.config)
     params = jax.device_put(read_params(leaves, find_tensors(workload.weights)))
-    drawing = JanusFlow(config, precision, segments=2)
     answering = JanusFlow(config, precision, scan_layers=False, segments=2)
     unstacked = params | {"language_model": unstack_layers(dict(params["language_model"]))}
+    drawing = JanusFlow(config, precision, segments=2)
+    if jax.default_backend() == "gpu":
+        drawing, params = answering, unstacked
     grid = flow.time_grid(workload.steps)
     vae = AutoencoderKL(VAEConfig(), dtype=dtype, param_dtype=dtype)
 

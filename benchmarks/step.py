@@ -4,18 +4,20 @@
     PYTHONPATH=. python benchmarks/step.py --size full       # 1.3B in bfloat16, on a GPU
 
 The step is train.py's own of configs/pretrain.py, on random weights and one batch that lies on the
-device already: the data pipeline is not in it. Operations are those of training/flops.py, which
-counts neither padding nor what remat computes again. The first task is measured at every batch and
-remat policy that fits, the others at the best of these.
+device already: the data pipeline is not in it. Steps are queued behind each other, as train.py's
+loop does. Operations are those of training/flops.py, which counts neither padding nor what remat
+computes again. All settings are compiled at the same time, then run one after another.
 """
 
 import argparse
-import itertools
 import resource
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,21 +53,27 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
+class Setting(NamedTuple):
+    """rows: of a batch."""
+
+    task: str
+    rows: int
+    remat: str
+
+
 @dataclass(frozen=True)
 class Size:
     """A model and what is measured of it.
 
-    packed: samples in a row; length: positions of a row; rows, remats: what is tried; tasks: the
-    first one is tried with all of these. matmul: of the square product that gives the peak.
+    packed: samples in a row; length: positions of a row. matmul: of the square product that gives
+    the peak.
     """
 
     model: JanusFlowConfig
     dtype: str
     packed: int
     length: int
-    rows: tuple[int, ...]
-    remats: tuple[str, ...]
-    tasks: tuple[str, ...]
+    settings: tuple[Setting, ...]
     matmul: int
     repa_layer: int = 6
 
@@ -89,16 +97,25 @@ def janusflow(language: LlamaConfig, siglip: SiglipConfig, channels: int) -> Jan
 SIZES = {
     "tiny": Size(
         janusflow(LlamaConfig(64, 32, 48, 2, 2), SiglipConfig(384, 16, 16, 1, 2), 16),
-        "float32", 1, 648, (1,), ("none", "full"), (DRAW_FEATURES, UNDERSTAND), 256, 1,
+        "float32", 1, 648,
+        tuple(Setting(task, 1, remat) for task in (DRAW_FEATURES, UNDERSTAND)
+              for remat in ("none", "full")),
+        256, 1,
     ),
     # The released proportions at 3/8 of the width: the matrix products have to dominate.
     "small": Size(
         janusflow(LlamaConfig(8192, 768, 2112, 4, 6), SiglipConfig(384, 16, 384, 4, 6), 288),
-        "float32", 1, SAMPLE, (4,), ("none",), (DRAW_FEATURES, UNDERSTAND), 2048, 2,
+        "float32", 1, SAMPLE,
+        (Setting(DRAW_FEATURES, 4, "none"), Setting(UNDERSTAND, 4, "none")), 2048, 2,
     ),
     "full": Size(
         janusflow(LlamaConfig(102400, 2048, 5632, 24, 16, 16), SiglipConfig(), 768),
-        "bfloat16", 6, 4096, (4, 16), ("dots", "none", "full"), (DRAW_CACHED, DRAW, UNDERSTAND),
+        "bfloat16", 6, 4096,
+        (
+            Setting(DRAW_CACHED, 8, "dots"), Setting(DRAW_CACHED, 12, "dots"),
+            Setting(DRAW_CACHED, 4, "none"), Setting(DRAW_CACHED, 16, "full"),
+            Setting(DRAW, 8, "dots"), Setting(UNDERSTAND, 8, "dots"),
+        ),
         8192,
     ),
 }  # fmt: skip
@@ -169,14 +186,14 @@ def make_batch(size: Size, task: str, rows: int) -> Batch:
 
 
 def random_params(shapes: dict) -> dict:
-    """Made leaf by leaf: compiling the model's own initialisation would take longer than a step."""
-    numbers = itertools.count()
+    """Pieces of one row of random numbers: compiling the model's own initialisation would take
+    longer than all steps."""
+    numbers = 0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)
 
     def draw(path, leaf):
         if path[-1].key == "scale":
             return jnp.ones(leaf.shape)
-        key = jax.random.fold_in(jax.random.key(0), next(numbers))
-        return 0.02 * jax.random.normal(key, leaf.shape)
+        return jnp.asarray(np.resize(numbers, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -204,16 +221,40 @@ def memory_seen() -> int:
     return stats.get("peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def measure(
-    size: Size, task: str, rows: int, remat: str, rounds: int, clock: Clock
-) -> tuple[Row, list[float]]:
-    """One setting, and the rates of the products between its steps."""
-    overrides = [f"dtype={size.dtype}", f"remat={remat}", f"objective.repa_layer={size.repa_layer}"]
-    config = load(PRETRAIN, overrides)
+@dataclass(frozen=True)
+class Program:
+    """A setting's compiled step and all that it needs. begin: makes the first state; kind: what
+    states are alike by. flops, needed: of one step, operations and bytes."""
+
+    setting: Setting
+    step: Callable
+    begin: Callable[[], TrainState]
+    like: TrainState
+    batch: Batch
+    flops: float
+    needed: int
+
+    @property
+    def kind(self) -> str:
+        return str(jax.tree.structure(self.like))
+
+
+def prepare(size: Size, setting: Setting) -> Program | None:
+    """Compiles; None where the compiler finds no room."""
+    task = setting.task
+    config = load(
+        PRETRAIN,
+        [
+            f"dtype={size.dtype}",
+            f"remat={setting.remat}",
+            f"objective.repa_layer={size.repa_layer}",
+        ],
+    )
     dtype = jnp.dtype(size.dtype)
     precision = Precision(compute=dtype)
+    segments = config.data.segments
     modules = Modules(
-        model=JanusFlow(size.model, precision, remat=remat, segments=config.data.segments),
+        model=JanusFlow(size.model, precision, remat=setting.remat, segments=segments),
         vae=AutoencoderKL(VAEConfig(), dtype=dtype),
         repa=RepaHead(size.model.siglip.width, config.repa_hidden_size, precision),
     )
@@ -221,13 +262,9 @@ def measure(
     if task != UNDERSTAND and "vae" not in CACHED[task]:
         pixels, key = jnp.zeros((1, 32, 32, 3)), jax.random.key(0)
         shapes["vae"] = jax.eval_shape(modules.vae.init, key, pixels)["params"]
-
-    def begin() -> TrainState:
-        return first_state(random_params(shapes), modules, config)
-
-    batch = make_batch(size, task, rows)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    like = abstract(jax.eval_shape(begin), mesh)
+    make = partial(first_state, modules=modules, config=config)
+    like = abstract(jax.eval_shape(make, shapes), mesh)
     cost = flops.step_cost(
         size.model,
         modules.vae.config,
@@ -235,67 +272,60 @@ def measure(
         trained={name for path in like.params for name in path.split("/")[:2]},
         cached=CACHED[task],
     )
-    work = flops.count_work(batch)
+    batch = make_batch(size, task, setting.rows)
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh)
-        step = make_step(modules, config, like, mesh).lower(like, placed).compile()
-        memory = step.memory_analysis()
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-        seconds, rates = [], []
-        if needed < memory_limit():
-            now = jax.device_put(begin(), jax.tree.map(lambda a: a.sharding, like))
-            for _ in range(rounds + 1):
-                rates.append(matmul_rate(size.matmul, size.dtype, clock))
-                began = clock()
-                now, sums = jax.block_until_ready(step(now, placed))
-                seconds.append(clock() - began)
-            if sums["skipped"][0] or not np.isfinite(sums["loss"][0]):
-                raise SystemExit(f"{task}: a step was skipped, its loss {sums['loss'][0]}.")
-    row = Row(
-        task=task,
-        rows=rows,
-        samples=rows * size.packed,
-        remat=remat,
-        seconds=float(np.median(seconds[1:])) if seconds else None,
-        flops=cost.of(work),
-        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like)),
-        needed_bytes=needed,
+        try:
+            step = make_step(modules, config, like, mesh).lower(like, placed).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(f"{setting}: out of memory", flush=True)
+            return None
+    memory = step.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return Program(
+        setting=setting,
+        step=step,
+        begin=lambda: jax.device_put(
+            make(random_params(shapes)), jax.tree.map(lambda a: a.sharding, like)
+        ),
+        like=like,
+        batch=batch,
+        flops=cost.of(flops.count_work(batch)),
+        needed=needed,
+    )
+
+
+def run(program: Program, state: TrainState, rounds: int, clock: Clock) -> tuple[float, TrainState]:
+    """Seconds of a step, the median of three queues of `rounds`, and the state behind them."""
+    mesh, seconds = make_mesh(MeshConfig(), jax.devices()[:1]), []
+    with jax.set_mesh(mesh):
+        placed = place_batch(program.batch, mesh)
+        state, sums = jax.block_until_ready(program.step(state, placed))
+        for _ in range(3):
+            began = clock()
+            for _ in range(rounds):
+                state, sums = program.step(state, placed)
+            jax.block_until_ready(sums)
+            seconds.append((clock() - began) / rounds)
+    if sums["skipped"][0] or not np.isfinite(sums["loss"][0]):
+        raise SystemExit(f"{program.setting}: a step was skipped, its loss {sums['loss'][0]}.")
+    return float(np.median(seconds)), state
+
+
+def row_of(program: Program, seconds: float | None, packed: int) -> Row:
+    leaves = jax.tree.leaves(program.like)
+    return Row(
+        **program.setting._asdict(),
+        samples=program.setting.rows * packed,
+        seconds=seconds,
+        flops=program.flops,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+        needed_bytes=program.needed,
         seen_bytes=memory_seen(),
     )
-    return row, rates
-
-
-def attempt(size: Size, *setting) -> tuple[Row | None, list[float]]:
-    """`measure`; None where the compiler or the device itself ran out of memory."""
-    try:
-        return measure(size, *setting)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print(f"{setting[:3]}: out of memory", flush=True)
-        return None, []
-
-
-def sweep(size: Size, how: tuple[int, Clock], seconds: float) -> Iterator[tuple[Row, list[float]]]:
-    """The first task at all settings, for half of the seconds, then the others at the fastest.
-
-    A setting that has begun is ended. how: rounds and clock of `measure`.
-    """
-    first, *others = size.tasks
-    began, fitting = time.monotonic(), []
-    for remat, rows in itertools.product(size.remats, size.rows):
-        if time.monotonic() < began + seconds / 2:
-            row, rates = attempt(size, first, rows, remat, *how)
-            if row is not None:
-                yield row, rates
-                fitting += [row] if row.seconds else []
-    for task in others if fitting else ():
-        best = max(fitting, key=lambda row: row.samples / row.seconds)
-        if time.monotonic() < began + seconds:
-            row, rates = attempt(size, task, best.rows, best.remat, *how)
-            if row is not None:
-                yield row, rates
 
 
 def main() -> None:
@@ -304,38 +334,40 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--size", choices=list(SIZES), default="small")
-    add("--rows", type=int, nargs="+", help="of a batch")
-    add("--packed", type=int, help="samples in a row, instead of the size's own")
-    add("--remat", nargs="+", choices=["none", "dots", "full"])
-    add("--rounds", type=int, default=5, help="steps that are timed, after a first one")
+    add("--only", metavar="TASK", help="of the size's settings those whose task begins so")
+    add("--rounds", type=int, default=4, help="steps in a queue; three queues are timed")
     add("--clock", choices=list(CLOCKS), default="wall", help="cpu: see CLOCKS")
-    add("--seconds", type=float, default=3600.0, help="no setting begins later")
     add("--json", type=Path, metavar="FILE", help="where to write the figures")
     args = parser.parse_args()
     size = SIZES[args.size]
-    size = replace(
-        size, rows=tuple(args.rows or size.rows), remats=tuple(args.remat or size.remats)
-    )
-    if args.packed:
-        # Attention looks at whole rows, so how many samples share one has its price.
-        size = replace(size, packed=args.packed, length=-(-args.packed * SAMPLE // 64) * 64)
+    settings = tuple(each for each in size.settings if each.task.startswith(args.only or ""))
     device = jax.devices()[0]
     kind = "gpu" if device.platform == "gpu" else "cpu"
     figures = origin(kind, "jax", "jaxlib", "flax")
     figures |= {"size": args.size, "dtype": size.dtype, "clock": args.clock}
-    rates, rows = [], []
-    how = (args.rounds, CLOCKS[args.clock])
-    for row, more in sweep(size, how, args.seconds):
-        rates += more
-        rows.append(asdict(row))
+    clock = CLOCKS[args.clock]
+    began = time.perf_counter()
+    # On a CPU a compiler has all cores already.
+    with ThreadPoolExecutor(len(settings) if kind == "gpu" else 1) as pool:
+        programs = [each for each in pool.map(partial(prepare, size), settings) if each]
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    rates, rows, state, last = [], [], None, None
+    for program in programs:
+        rates.append(matmul_rate(size.matmul, size.dtype, clock))
+        seconds = None
+        if program.needed < memory_limit():
+            if program.kind != last:
+                del state  # Two may be too many for the device.
+                state, last = jax.block_until_ready(program.begin()), program.kind
+            seconds, state = run(program, state, args.rounds, clock)
+        rows.append(asdict(row_of(program, seconds, size.packed)))
         # On a CPU nobody knows the peak but the products themselves.
-        measured = max(rates) if rates else float("nan")
-        peak = measured if kind == "cpu" else flops.peak_flops(device, size.dtype)
-        figures |= {"matmul_flops": measured, "peak": peak, "rows": rows}
+        peak = max(rates) if kind == "cpu" else flops.peak_flops(device, size.dtype)
+        figures |= {"matmul_flops": max(rates), "peak": peak, "rows": rows}
         print(step_table(figures | {"rows": rows[-1:]}).splitlines()[-1], flush=True)
         if args.json:
             write_json(args.json, figures)
-    print(f"\nof peak: of {peak / 1e12:.3g} TFLOP/s; products reached {measured / 1e12:.3g}\n")
+    print(f"\nof peak: of {peak / 1e12:.3g} TFLOP/s; products reached {max(rates) / 1e12:.3g}\n")
     print(step_table(figures))
 
 

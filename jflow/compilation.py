@@ -16,6 +16,11 @@ _DURATIONS = (
 )
 
 
+# For programs that read their weights over and over: XLA for GPUs would join those with a common
+# factor (of queries and keys, of gate and up) by copying them, in every run.
+WEIGHTS_STAY = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
 @dataclass
 class CompileStats:
     """seconds spent until programs were ready; programs compiled, and read from the cache."""

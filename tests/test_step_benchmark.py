@@ -1,6 +1,7 @@
 """The training step's benchmark: what its batches hold, and the tables of the figures."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ def test_batches_hold_full_samples(rows):
     """The work of `packed` samples of 643 positions, as flops.count_work finds it by segments."""
     import step
 
-    size = step.replace(step.SIZES["tiny"], packed=2, length=1300)
+    size = replace(step.SIZES["tiny"], packed=2, length=1300)
     samples, tokens = 2 * rows, 2 * rows * 643
     pairs = samples * 643 * 644 // 2
     for task in (step.DRAW_CACHED, step.DRAW_FEATURES):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jflow import flow, rng
+from jflow.compilation import WEIGHTS_STAY
 from jflow.models.janusflow import JanusFlow
 from jflow.models.layers import Prefix
 from jflow.models.vae import AutoencoderKL
@@ -125,7 +126,11 @@ def guided_velocity(
     return guide_inside
 
 
-@partial(jax.jit, static_argnames=("model", "solver", "guided", "interval"))
+@partial(
+    jax.jit,
+    static_argnames=("model", "solver", "guided", "interval"),
+    compiler_options=WEIGHTS_STAY,
+)
 def sample_latents(
     model: JanusFlow,
     params: dict,

@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jflow.compilation import WEIGHTS_STAY
 from jflow.models.janusflow import JanusFlow
 from jflow.models.layers import KVCache
 
@@ -83,7 +84,12 @@ def choose_token(
     return jax.lax.cond(temperature > 0, draw, lambda: greedy).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnames=("model", "num_tokens"), donate_argnames=("state",))
+@partial(
+    jax.jit,
+    static_argnames=("model", "num_tokens"),
+    donate_argnames=("state",),
+    compiler_options=WEIGHTS_STAY,
+)
 def decode(
     model: JanusFlow,
     params: dict,

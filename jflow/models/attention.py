@@ -26,7 +26,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask
 from jax.sharding import PartitionSpec
 
-from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision, Prefix
+from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision, Prefix, platform
 from jflow.sharding import spec
 
 Implementation = Literal["auto", "xla", "splash", "cudnn"]
@@ -107,12 +107,6 @@ def choose(
     if implementation == "cudnn" and queries > 1 and sixteen and even and not cached:
         return "cudnn"
     return "xla"
-
-
-def platform() -> str:
-    """Where the program at hand will run: on the mesh in use, which may be of other machines."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
 
 
 def hopper() -> bool:

@@ -108,11 +108,27 @@ class Linear(nn.Module):
         dtype = self.precision.compute
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", fan_in_init, shape, self.precision.param)
-        y = x.astype(dtype) @ kernel.astype(dtype)
+        y = _product(x.astype(dtype), kernel.astype(dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.precision.param)
             y = y + bias.astype(dtype)
         return y
+
+
+def platform() -> str:
+    """Where the program at hand will run: on the mesh in use, which may be of other machines."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel, [..., C] and [C, D]."""
+    if x.size == x.shape[-1] and platform() in ("gpu", "cuda"):
+        # Of one vector XLA would write out all terms of the sums, as large as the kernel; of eight
+        # it makes a product for the matrix units, which have so many rows at least.
+        rows = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
+        return (rows @ kernel)[0].reshape(*x.shape[:-1], -1)
+    return x @ kernel
 
 
 def rotary_angles(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
