@@ -14,7 +14,7 @@ from them alone in a few hundred.
 
 import sys
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.data.scenes import SIDE, Object, Scene
+from jflow.data.scenes import COLORS, SHAPES, SIDE, Scene
 from jflow.images import from_uint8
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.siglip import Siglip, SiglipConfig
@@ -31,8 +31,15 @@ from jflow.prompts import Tokenizer
 from jflow.scratch.parts import command, pictures
 from jflow.scratch.tokenizer import tokenizer_files
 
-INVENTORY_TOKENS = 28  # four objects
-STATEMENT_TOKENS = 6
+PLACES = tuple(
+    f"{row} {column}"
+    for row in ("top", "middle", "bottom")
+    for column in ("left", "center", "right")
+)
+ATTRIBUTES = (tuple(COLORS), SHAPES, PLACES)
+LEFT_OUT, UNNAMED, NOTHING = -1, -2, -3  # instead of an attribute's number
+MOST_OBJECTS = 4
+STATEMENT_TOKENS = 6  # at most: BOS, "a", color, shape, and two words for the place
 STATEMENTS = 3  # of each picture
 RETRIEVAL = 64  # candidates
 
@@ -57,43 +64,50 @@ class ContrastiveConfig:
     seed: int = 0
 
 
-def place(o: Object) -> str:
-    """Where an object lies, in thirds of the picture."""
-    row = ("top", "middle", "bottom")[min(int(3 * o.y / SIDE), 2)]
-    return f"{row} {('left', 'center', 'right')[min(int(3 * o.x / SIDE), 2)]}"
+def facts(scene: Scene) -> np.ndarray:
+    """[4, 3] numbers of each object's color, shape and place in ATTRIBUTES; UNNAMED for a color
+    without a name, NOTHING where there is no object."""
+    found = np.full((MOST_OBJECTS, 3), NOTHING, np.int32)
+    for row, o in zip(found, scene.objects, strict=False):
+        color = list(COLORS).index(o.color) if o.color else UNNAMED
+        row[:] = color, SHAPES.index(o.shape), 3 * _third(o.y) + _third(o.x)
+    return found
 
 
-def inventory(scene: Scene, rng: np.random.Generator) -> str:
-    """Every object with its color and place, in random order."""
-    phrases = [f"a {o.color} {o.shape} {place(o)}" for o in scene.objects]
-    return " , ".join(phrases[i] for i in rng.permutation(len(phrases)))
+def _third(along: float) -> int:
+    return min(int(3 * along / SIDE), 2)
 
 
-def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
-    """Color, shape and place of a random object, up to two of them left out ("")."""
-    o = scene.objects[rng.integers(len(scene.objects))]
-    kept = rng.permutation(3)[: rng.integers(1, 4)]
-    return tuple(v if i in kept else "" for i, v in enumerate((o.color, o.shape, place(o))))
+def statements(known: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """STATEMENTS random ones that are true of each scene.  Facts [n, 4, 3] -> [n, STATEMENTS, 3],
+    color, shape and place of one of its objects, up to two of them LEFT_OUT."""
+    count = (known[..., 1] != NOTHING).sum(-1)
+    which = rng.integers(count[:, None], size=(len(known), STATEMENTS))
+    said = np.take_along_axis(known, which[..., None], axis=1)
+    # Colors without a name are left out first, and always.
+    rank = (rng.random(said.shape) + (said == UNNAMED)).argsort(-1).argsort(-1)
+    kept = (rank < rng.integers(1, 4, size=(*which.shape, 1))) & (said != UNNAMED)
+    return np.where(kept, said, LEFT_OUT)
 
 
-def holds(said: tuple[str, str, str], scene: Scene) -> bool:
-    """Is a statement true of some object?"""
-    return any(
-        all(want in ("", has) for want, has in zip(said, (o.color, o.shape, place(o)), strict=True))
-        for o in scene.objects
-    )
+def verdicts(said: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """What a scene says to a statement: 1 where it is true of some object, 0 where it would be if
+    the object's color had the name, else -1.  [m, 3] and facts [n, 4, 3] -> [n, m]."""
+    fits = (said[:, None] == LEFT_OUT) | (said[:, None] == known[:, None])
+    open_ = fits | (known[:, None] == UNNAMED)
+    true, undecided = (which.all(-1).any(-1) for which in (fits, open_))
+    return np.where(true, 1, np.where(undecided, 0, -1))
 
 
 def sigmoid_loss(
     images: jax.Array, texts: jax.Array, matches: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """-1/n sum_ij log sigmoid(z_ij (scale x_i . y_j + bias)), z 1 where text j is true of image i,
-    else -1.
+    -1 where it is false, and 0 where nothing is to be learned.
 
-    images [n, D] and texts [m, D] of length 1; matches [n, m] bool.
+    images [n, D] and texts [m, D] of length 1; matches [n, m], z.
     """
-    z = 2 * matches.astype(jnp.float32) - 1
-    return -jnp.sum(jax.nn.log_sigmoid(z * (scale * images @ texts.T + bias))) / len(images)
+    return -jnp.sum(jax.nn.log_sigmoid(matches * (scale * images @ texts.T + bias))) / len(images)
 
 
 def embed_images(vit: Siglip, params: dict, pixels: jax.Array) -> jax.Array:
@@ -115,27 +129,42 @@ def _unit(v: jax.Array) -> jax.Array:
     return v / jnp.linalg.norm(v, axis=-1, keepdims=True)
 
 
-def tokenize(texts: list[str], length: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """[m, length] int32, padded at the right, and [m] lengths."""
-    rows = [tokenizer.encode(text)[:length] for text in texts]
-    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
-    for target, row in zip(tokens, rows, strict=True):
-        target[: len(row)] = row
-    return tokens, np.array([len(row) for row in rows], np.int32)
+@cache
+def phrases(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [9, 5, 10, STATEMENT_TOKENS], padded at the right, and lengths [9, 5, 10] of every
+    statement; LEFT_OUT is the last along each axis."""
+    colors, shapes, places = ((*names, "") for names in ATTRIBUTES)
+    shape = len(colors), len(shapes), len(places)
+    tokens = np.full((*shape, STATEMENT_TOKENS), tokenizer.pad_id, np.int32)
+    lengths = np.zeros(shape, np.int32)
+    for i in np.ndindex(shape):
+        words = ("a", colors[i[0]], shapes[i[1]] or "object", places[i[2]])
+        row = tokenizer.encode(" ".join(filter(None, words)))
+        tokens[i][: len(row)], lengths[i] = row, len(row)
+    return tokens, lengths
 
 
 def make_batch(
-    drawn: np.ndarray, scenes: list[Scene], tokenizer: Tokenizer, rng: np.random.Generator
+    drawn: np.ndarray, known: np.ndarray, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> dict:
-    """Pictures with an inventory and STATEMENTS statements of each, and which of all is true."""
-    said = [statement(scene, rng) for scene in scenes for _ in range(STATEMENTS)]
-    phrases = [" ".join(("a", color, shape or "object", where)) for color, shape, where in said]
-    true = np.array([[holds(words, scene) for words in said] for scene in scenes])
+    """Pictures with an inventory and STATEMENTS statements of each, and which of all is true.
+
+    drawn [n, 32, 32, 3] uint8; known, their facts [n, 4, 3].
+    """
+    tokens, lengths = phrases(tokenizer)
+    # Every object of an inventory is a comma and the five words behind BOS; the first has BOS.
+    objects = (known[..., 1] != NOTHING).astype(int)
+    order = (rng.random(objects.shape) - objects).argsort(-1)
+    inventories = tokens[tuple(np.moveaxis(np.take_along_axis(known, order[..., None], 1), -1, 0))]
+    inventories[:, 1:, 0] = tokenizer.encode(",")[-1]
+    said = statements(known, rng).reshape(-1, 3)
+    # There is no inventory of colors without names.
+    same = np.where((known == UNNAMED).any((1, 2)), 0, 2 * np.eye(len(known), dtype=int) - 1)
     return {
         "pixels": from_uint8(drawn),
-        "inventories": tokenize([inventory(s, rng) for s in scenes], INVENTORY_TOKENS, tokenizer),
-        "statements": tokenize(phrases, STATEMENT_TOKENS, tokenizer),
-        "matches": np.concatenate([np.eye(len(scenes), dtype=bool), true], axis=1),
+        "inventories": (inventories.reshape(len(known), -1), STATEMENT_TOKENS * objects.sum(-1)),
+        "statements": (tokens[tuple(said.T)], lengths[tuple(said.T)]),
+        "matches": np.concatenate([same, verdicts(said, known)], axis=1),
     }
 
 
@@ -153,10 +182,10 @@ def train(config: ContrastiveConfig) -> tuple[dict, float]:
             num_attention_heads=config.siglip.heads,
         )
     )
-    data, scenes = pictures(config.seed, "train", config.examples)
-    tests, their_scenes = pictures(config.seed, "seen", 8 * RETRIEVAL)
+    data, known = _pictures(config.seed, "train", config.examples)
+    tests, their_facts = _pictures(config.seed, "seen", 8 * RETRIEVAL)
     rng = np.random.default_rng(config.seed)
-    batch = make_batch(data[:2], scenes[:2], tokenizer, rng)
+    batch = make_batch(data[:2], known[:2], tokenizer, rng)
 
     keys = jax.random.split(jax.random.key(config.seed))
     tokens, _ = batch["statements"]
@@ -200,24 +229,30 @@ def train(config: ContrastiveConfig) -> tuple[dict, float]:
         texts = embed_texts(text, params, *batch["inventories"])
         return jnp.mean(jnp.argmax(images @ texts.T, axis=1) == jnp.arange(len(images)))
 
-    alone = np.array([i for i, scene in enumerate(scenes) if len(scene.objects) == 1])
+    alone = np.flatnonzero((known[..., 1] != NOTHING).sum(-1) == 1)
     moments = optimizer.init(params)
     bar = tqdm(range(config.steps), "training")
     for number in bar:
         pool = alone if number < config.alone_steps else np.arange(len(data))
         chosen = rng.choice(pool, config.batch_size, replace=False)
-        batch = make_batch(data[chosen], [scenes[i] for i in chosen], tokenizer, rng)
+        batch = make_batch(data[chosen], known[chosen], tokenizer, rng)
         params, moments, value = step(params, moments, batch)
         if number % 50 == 0:
             share = found(
-                params, make_batch(tests[:RETRIEVAL], their_scenes[:RETRIEVAL], tokenizer, rng)
+                params, make_batch(tests[:RETRIEVAL], their_facts[:RETRIEVAL], tokenizer, rng)
             )
             bar.set_postfix(loss=f"{value:.3f}", retrieval=f"{share:.2f}")
     shares = [
-        found(params, make_batch(tests[i:j], their_scenes[i:j], tokenizer, rng))
+        found(params, make_batch(tests[i:j], their_facts[i:j], tokenizer, rng))
         for i, j in pairwise(range(0, len(tests) + 1, RETRIEVAL))
     ]
     return jax.device_get(params["vit"]), float(np.mean(shares))
+
+
+def _pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [count, 32, 32, 3], and their facts [count, 4, 3]."""
+    drawn, scenes = pictures(seed, split, count)
+    return drawn, np.stack([facts(scene) for scene in scenes])
 
 
 def _make(config: ContrastiveConfig) -> tuple[dict, dict, str]:
