@@ -21,7 +21,7 @@ step() {
 rm -rf $run && mkdir -p $run
 # What is built needs no GPU, and what is random needs it for seconds.
 step -m jflow.data build shapes --out $run/data --train "${SCENES:-100000}" --seen 1 --unseen 1 \
-    --rounds 1 &
+    --rounds 1 --unnamed 50 &
 # shellcheck disable=SC2086  # Several fields.
 step -m jflow.scratch --out $run/init $model
 wait $!

@@ -22,7 +22,7 @@ from jflow.scratch.tokenizer import tokenizer_files
 def texts():
     for split in ("train", "seen", "unseen"):
         for i in range(400):
-            example = shapes.example(0, split, i)
+            example = shapes.example(0, split, i, unnamed=0.5)
             yield example.caption
             for question in example.questions:
                 yield question.question
@@ -64,7 +64,7 @@ def test_sigmoid_loss_is_that_of_the_paper():
 
 def test_statements_are_true_of_their_own_scene_and_seldom_of_others():
     rng = np.random.default_rng(0)
-    known = np.stack([contrastive.facts(shapes.example(0, "train", i).scene) for i in range(60)])
+    known = np.stack([contrastive.facts(s) for s in pictures(0, "train", 60)[1]])
     said = contrastive.statements(known, rng)
     verdicts = contrastive.verdicts(said.reshape(-1, 3), known).reshape(60, 60, -1)
     assert np.all(verdicts[np.arange(60), np.arange(60)] == 1)

@@ -26,10 +26,7 @@ PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "c
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FREE_SHARE = 1 / 4  # of scenes that belong to none of the categories
-# Of the training scenes that need no certain colors; their objects have colors without names, and
-# neither captions nor questions name any. So shapes are learned apart from colors. The captions
-# end with UNNAMED: who asks for no colors is to get those that have names.
-UNNAMED_SHARE = 1 / 2
+# How captions end where the colors have no names: who asks for no colors is to get those that have.
 UNNAMED = " in other colors"
 SHORT_SHARE = 1 / 4  # of captions that are the category's prompt
 CORNER_MARGIN = 2.0  # from the middle lines, to be said to lie in a corner
@@ -130,8 +127,13 @@ def prompt(seed: int, split: str, index: int) -> dict:
     return make_record(CATEGORIES[index % len(CATEGORIES)], split, rng)
 
 
-def example(seed: int, split: str, index: int) -> Example:
-    """The index-th example of a split: draw its picture with `render`."""
+def example(seed: int, split: str, index: int, unnamed: float = 0.0) -> Example:
+    """The index-th example of a split: draw its picture with `render`.
+
+    unnamed: share of the training scenes that need no certain colors whose objects get colors
+    without names, of which neither caption nor questions say any: so shapes are learned apart from
+    the colors that they have been seen in. "seen" and "unseen" have no such scenes.
+    """
     rng = generator(seed, split, index, 1)
     if rng.random() < FREE_SHARE:
         allowed, record = pairs(split), None
@@ -141,10 +143,11 @@ def example(seed: int, split: str, index: int) -> Example:
         record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], split, rng)
         scene = scene_for(record, split, rng)
     if (
-        split == "train"
+        unnamed
+        and split == "train"
         and not (record and any("color" in want for want in record["include"]))
         and len({o.shape for o in scene.objects}) < len(SHAPES)  # Or nothing would be absent.
-        and rng.random() < UNNAMED_SHARE
+        and rng.random() < unnamed
     ):
         scene = without_names(scene, rng)
         record = record and record | {"prompt": record["prompt"] + UNNAMED}

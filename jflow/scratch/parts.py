@@ -24,6 +24,9 @@ from jflow.images import to_uint8
 ASSETS = Path(__file__).parent / "assets"
 
 
+UNNAMED = 0.5  # share of the pictures that parts are trained on, see `shapes.example`
+
+
 def pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, list[Scene]]:
     """Of the shapes world, at least one: uint8 [count, 32, 32, 3], and what is in them."""
     made = in_processes(partial(_picture, seed, split), range(count))
@@ -32,7 +35,7 @@ def pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, list[Scene]
 
 
 def _picture(seed: int, split: str, index: int) -> tuple[np.ndarray, Scene]:
-    scene = shapes.example(seed, split, index).scene
+    scene = shapes.example(seed, split, index, UNNAMED).scene
     return to_uint8(render(scene)), scene
 
 

@@ -229,7 +229,8 @@ def train(config: ContrastiveConfig) -> tuple[dict, float]:
         texts = embed_texts(text, params, *batch["inventories"])
         return jnp.mean(jnp.argmax(images @ texts.T, axis=1) == jnp.arange(len(images)))
 
-    alone = np.flatnonzero((known[..., 1] != NOTHING).sum(-1) == 1)
+    objects, unnamed = (known[..., 1] != NOTHING).sum(-1), (known == UNNAMED).any((1, 2))
+    alone = np.flatnonzero((objects == 1) & unnamed)
     moments = optimizer.init(params)
     bar = tqdm(range(config.steps), "training")
     for number in bar:
