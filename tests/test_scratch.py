@@ -63,54 +63,56 @@ def test_sigmoid_loss_is_that_of_the_paper():
 
 
 def test_statements_are_true_of_their_own_scene_and_seldom_of_others():
-    rng = np.random.default_rng(0)
-    known = np.stack([contrastive.facts(s) for s in pictures(0, "train", 60)[1]])
-    said = contrastive.statements(known, rng)
+    _, found = pictures(0, "train", 60)
+    known = np.stack([contrastive.facts(scene) for scene in found])
+    said = np.asarray(contrastive.statements(known, jax.random.key(0)))
     verdicts = contrastive.verdicts(said.reshape(-1, 3), known).reshape(60, 60, -1)
-    assert np.all(verdicts[np.arange(60), np.arange(60)] == 1)
-    assert 0.05 < np.mean(verdicts == 1) < 0.6
-    assert np.all((said == contrastive.LEFT_OUT).sum(-1) < 3) and np.all(said >= -1)
-
-
-def words(color, shape, place) -> list[int]:
-    """The numbers of a statement's words; "" is left out."""
-    names = zip(contrastive.ATTRIBUTES, (color, shape, place), strict=True)
-    return [known.index(word) if word else contrastive.LEFT_OUT for known, word in names]
+    assert np.all(verdicts[np.arange(60), np.arange(60)])
+    assert 0.03 < np.mean(verdicts) < 0.6
+    left_out = said == contrastive.LEFT_OUT
+    assert np.all(left_out.any(-1) & ~left_out.all(-1)) and np.all(said >= -1)
+    for scene, missing in zip(found, left_out, strict=True):
+        assert np.all(missing[:, 1 if shapes.named(scene) else 0])
 
 
 def test_what_is_true_of_a_scene():
     red = scenes.Object("circle", "red", 3, 29, 4.0)
-    grey = scenes.Object("square", "", 16, 16, 4.0, (0.1, 0.1, 0.2))
-    known = np.stack([contrastive.facts(scenes.Scene(objects)) for objects in ((red,), (grey,))])
+    other = scenes.Object("square", "", 16, 16, 4.0, (0.1, 0.1, 0.2))
+    known = np.stack([contrastive.facts(scenes.Scene((o,))) for o in (red, other)])
     for said, verdicts in (
-        (("red", "circle", "bottom left"), (1, -1)),
-        (("", "", "bottom left"), (1, -1)),
-        (("blue", "circle", ""), (-1, -1)),
-        (("red", "", "top left"), (-1, -1)),
-        (("", "square", "middle center"), (-1, 1)),
-        (("red", "square", ""), (-1, 0)),  # Nobody says what the square's color is.
-        (("black", "", ""), (-1, 0)),
+        (("red", "", "bottom left"), (True, False)),
+        (("", "", "bottom left"), (True, False)),
+        (("red", "", "top left"), (False, False)),
+        (("blue", "", ""), (False, False)),
+        (("", "square", "middle center"), (False, True)),
+        (("", "circle", ""), (False, False)),
     ):
-        found = contrastive.verdicts(np.array([words(*said)]), known)
-        assert tuple(found[:, 0]) == verdicts, said
+        names = zip(contrastive.ATTRIBUTES, said, strict=True)
+        numbers = [known.index(w) if w else contrastive.LEFT_OUT for known, w in names]
+        found = contrastive.verdicts(np.array([numbers]), known)
+        assert tuple(np.asarray(found)[:, 0]) == verdicts, said
 
 
 def test_a_batch_of_texts_reads_as_its_scenes():
     tokenizer = Tokenizer.from_files(tokenizer_files(16))
     drawn, found = pictures(0, "train", 24)
     known = np.stack([contrastive.facts(scene) for scene in found])
-    batch = contrastive.make_batch(drawn, known, tokenizer, np.random.default_rng(0))
+    texts = (*map(jnp.asarray, contrastive.phrases(tokenizer)), tokenizer.encode(",")[-1])
+    batch = contrastive.make_batch(drawn, known, texts, jax.random.key(0))
+    np.testing.assert_array_equal(batch["pixels"], from_uint8(drawn))
     for scene, tokens, length in zip(found, *batch["inventories"], strict=True):
-        if not shapes.named(scene):
-            continue
         listed = tokenizer.decode(tokens[:length]).split(" , ")
         assert tokens[0] == tokenizer.bos_id and len(listed) == len(scene.objects)
         for o in scene.objects:
             row, column = (min(int(3 * along / 32), 2) for along in (o.y, o.x))
             where = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
-            listed.remove(f"a {o.color} {o.shape} {where}")
-    own = np.diag(batch["matches"][:, :24])
-    np.testing.assert_array_equal(own, [int(shapes.named(scene)) for scene in found])
+            listed.remove(f"a {f'{o.color} object' if o.color else o.shape} {where}")
+    kinds = np.array([shapes.named(scene) for scene in found])
+    matches = np.asarray(batch["matches"])
+    np.testing.assert_array_equal(matches[:, :24] != 0, kinds[:, None] == kinds)
+    np.testing.assert_array_equal(np.diag(matches[:, :24]), np.ones(24))
+    about = np.repeat(kinds, contrastive.STATEMENTS)
+    np.testing.assert_array_equal(matches[:, 24:] != 0, kinds[:, None] == about)
     tokens, lengths = batch["statements"]
     said = [tokenizer.decode(t[:n]) for t, n in zip(tokens, lengths, strict=True)]
     assert all(text.startswith("a ") and len(text.split()) > 1 for text in said)

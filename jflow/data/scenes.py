@@ -35,6 +35,7 @@ HELD_OUT = {
 SPLITS = ("train", "seen", "unseen")
 
 CONTRAST = 0.4  # of a color without a name to the background, in RGB
+HALFWAY = 0.06  # how much nearer such a color may be to one named color than to another
 RADIUS = (3.4, 4.6)  # of the circle of the same area
 GAP = 1.5  # between two objects
 MARGIN = 1.0  # between an object and the picture's edge
@@ -42,6 +43,7 @@ POSITION_THRESHOLD = 0.1  # GenEval's
 
 _NAMES = tuple(COLORS)
 _COLORS = np.array(list(COLORS.values()))
+_HELD_OUT_FOR = [next(s for s in SHAPES if color in HELD_OUT[s]) for color in COLORS]
 
 _square, _cross, _triangle = (
     math.sqrt(math.pi) / 2,
@@ -118,15 +120,25 @@ def nearest_color(rgb: np.ndarray) -> str:
 
 
 def unnamed_color(shape: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Any color of the RGB cube that is told from the background and is nearest to none that is
-    held out for the shape, so that by the detector's rule too the held-out pairs do not occur.
+    """A color about halfway between two named ones, told from the background, and nearest to none
+    that is held out for the shape: by the detector's rule too, the held-out pairs do not occur.
 
-    Channels near 0 and 1 are the most frequent: the named colors are as saturated.
+    A shape that is held out for the second nearest is twice as frequent there. So on the two sides
+    together every shape is as frequent, and a color says nothing of its object's shape; anywhere
+    else one shape would be missing near each named color.
     """
     while True:
+        # Channels near 0 and 1 are the most frequent: the named colors are as saturated.
         rgb = rng.beta(0.5, 0.5, size=3)
-        contrast = np.linalg.norm(rgb - BACKGROUND)
-        if contrast > CONTRAST and nearest_color(rgb) not in HELD_OUT[shape]:
+        distances = np.linalg.norm(_COLORS - rgb, axis=-1)
+        first, second = distances.argsort()[:2]
+        missing, other = _HELD_OUT_FOR[first], _HELD_OUT_FOR[second]
+        if (
+            distances[second] - distances[first] < HALFWAY
+            and np.linalg.norm(rgb - BACKGROUND) > CONTRAST
+            and shape != missing != other
+            and (shape == other or rng.random() < 0.5)
+        ):
             return tuple(rgb.tolist())
 
 
