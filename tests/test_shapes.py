@@ -82,19 +82,6 @@ def test_colors_without_names_are_far_from_the_pairs_that_are_held_out():
             assert shapes.example(0, split, i, unnamed=0.5) == shapes.example(0, split, i)
 
 
-def test_colors_without_names_say_nothing_of_shapes():
-    """Between each two named colors every shape is as frequent."""
-    rng, between = np.random.default_rng(0), {}
-    for shape in scenes.SHAPES * 500:
-        rgb = scenes.unnamed_color(shape, rng)
-        near = sorted(scenes.COLORS, key=lambda name: math.dist(rgb, scenes.COLORS[name]))[:2]
-        between.setdefault(frozenset(near), []).append(shape)
-    assert len(between) > 10
-    for found in between.values():
-        if len(found) > 200:
-            assert min(found.count(s) for s in scenes.SHAPES) > 0.15 * len(found)
-
-
 def test_shapes_of_colors_without_names_are_asked_for_by_place():
     for i in range(300):
         example = shapes.example(0, "train", i, unnamed=1)

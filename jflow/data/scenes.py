@@ -35,7 +35,6 @@ HELD_OUT = {
 SPLITS = ("train", "seen", "unseen")
 
 CONTRAST = 0.4  # of a color without a name to the background, in RGB
-HAIR = 0.02  # of the way between two names, by which such a color is nearer to one
 RADIUS = (3.4, 4.6)  # of the circle of the same area
 GAP = 1.5  # between two objects
 MARGIN = 1.0  # between an object and the picture's edge
@@ -43,8 +42,6 @@ POSITION_THRESHOLD = 0.1  # GenEval's
 
 _NAMES = tuple(COLORS)
 _COLORS = np.array(list(COLORS.values()))
-_LOST = np.stack(np.meshgrid(*3 * [(0, 1 / 255)]), axis=-1).reshape(8, 3)  # at most, in 8 bits
-_HELD_OUT_FOR = [next(s for s in SHAPES if color in HELD_OUT[s]) for color in COLORS]
 
 _square, _cross, _triangle = (
     math.sqrt(math.pi) / 2,
@@ -115,39 +112,26 @@ def pairs(split: str) -> tuple[Pair, ...]:
     return tuple((s, c) for s in SHAPES for c in COLORS if (c in HELD_OUT[s]) == held)
 
 
+def held_out_shape(color: str) -> str:
+    """The one shape that a color is held out for."""
+    return next(shape for shape in SHAPES if color in HELD_OUT[shape])
+
+
 def nearest_color(rgb: np.ndarray) -> str:
     """The name in COLORS whose color is nearest to this one.  [3] -> name."""
     return _NAMES[((_COLORS - rgb) ** 2).sum(-1).argmin()]
 
 
 def unnamed_color(shape: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """A color halfway between two named ones, told from the background; by a hair, nearest to one
-    that is not held out for the shape: by the detector's rule too, the held-out pairs do not occur.
+    """Any color of the RGB cube that is told from the background and is nearest to none that is
+    held out for the shape, so that by the detector's rule too the held-out pairs do not occur.
 
-    A shape that is held out for the second nearest is twice as frequent there. So of the colors
-    between two names every shape has as many, and a color says nothing of its object's shape; near
-    a name one shape would always be missing, and colors are learned before shapes.
+    Channels near 0 and 1 are the most frequent: the named colors are as saturated.
     """
     while True:
-        # Channels near 0 and 1 are the most frequent: the named colors are as saturated.
         rgb = rng.beta(0.5, 0.5, size=3)
-        first, second = np.linalg.norm(_COLORS - rgb, axis=-1).argsort()[:2]
-        if rng.random() < 0.5:
-            first, second = second, first
-        missing, other = _HELD_OUT_FOR[first], _HELD_OUT_FOR[second]
-        if missing in (shape, other) or (shape != other and rng.random() < 0.5):
-            continue
-        # Moved along the line between the two, to where the first is nearer by about a hair.
-        along = _COLORS[first] - _COLORS[second]
-        rgb += along * (
-            HAIR / 2 - (rgb - _COLORS[[first, second]].mean(0)) @ along / (along @ along)
-        )
-        distances = np.linalg.norm(_COLORS - (rgb - _LOST)[:, None], axis=-1)  # [8, 8]
-        if (
-            np.all((rgb >= 0) & (rgb <= 1))
-            and np.all(distances.argsort(-1)[:, :2] == [first, second])
-            and np.linalg.norm(rgb - BACKGROUND) > CONTRAST
-        ):
+        contrast = np.linalg.norm(rgb - BACKGROUND)
+        if contrast > CONTRAST and held_out_shape(nearest_color(rgb)) != shape:
             return tuple(rgb.tolist())
 
 

@@ -11,9 +11,9 @@ the loss judges every pair on its own, it takes both. With inventories alone, tr
 the colors for thousands of steps; pictures of one object come first because shapes are learned
 from them alone in a few hundred.
 
-No text names a shape with a color: colors are learned from pictures whose colors have names, and
-shapes from those whose colors have none. Were both said of one object, a red one would be known
-never to be a square, where red squares are held out.
+A text that would be true of a picture if an object had the shape that is held out for its color is
+not judged. Colors are learned before shapes: were "a square" false of all that is red, where red
+squares are held out, a red one would be known never to be a square.
 """
 
 import sys
@@ -27,7 +27,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.data.scenes import COLORS, SHAPES, SIDE, Scene
+from jflow.data.scenes import COLORS, SHAPES, SIDE, Scene, held_out_shape, nearest_color
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.prompts import Tokenizer
@@ -68,14 +68,15 @@ class ContrastiveConfig:
 
 
 def facts(scene: Scene) -> np.ndarray:
-    """[4, 3] what texts may say of each object: the numbers of its color, shape and place in
-    ATTRIBUTES. LEFT_OUT is the color where it has no name, else the shape; all where there is no
-    object is NOTHING."""
-    found = np.full((MOST_OBJECTS, 3), NOTHING, np.int32)
+    """[4, 4] numbers in ATTRIBUTES of each object's color (LEFT_OUT for one without a name), shape
+    and place, and of the shape that its color, or the nearest one with a name, is held out for.
+    NOTHING where there is no object."""
+    found = np.full((MOST_OBJECTS, 4), NOTHING, np.int32)
     for row, o in zip(found, scene.objects, strict=False):
         color = list(COLORS).index(o.color) if o.color else LEFT_OUT
-        shape = LEFT_OUT if o.color else SHAPES.index(o.shape)
-        row[:] = color, shape, 3 * _third(o.y) + _third(o.x)
+        held_out = held_out_shape(nearest_color(np.array(o.rgb)))
+        place = 3 * _third(o.y) + _third(o.x)
+        row[:] = color, SHAPES.index(o.shape), place, SHAPES.index(held_out)
     return found
 
 
@@ -84,22 +85,30 @@ def _third(along: float) -> int:
 
 
 def statements(known: jax.Array, key: jax.Array) -> jax.Array:
-    """STATEMENTS random ones that are true of each scene.  Facts [n, 4, 3] -> [n, STATEMENTS, 3],
-    color, shape and place of one of its objects, of which one at least is not LEFT_OUT."""
+    """STATEMENTS random ones that are true of each scene.  Facts [n, 4, 4] -> [n, STATEMENTS, 3],
+    color, shape and place of one of its objects, up to two of them LEFT_OUT."""
     keys = jax.random.split(key, 3)
     count, shape = _objects(known).sum(-1), (len(known), STATEMENTS)
     which = jax.random.randint(keys[0], shape, 0, count[:, None])
-    said = jnp.take_along_axis(known, which[..., None], axis=1)
-    # What may not be said is the first to be left out.
+    said = jnp.take_along_axis(known[..., :3], which[..., None], axis=1)
+    # A color without a name is the first to be left out.
     order = jax.random.uniform(keys[1], said.shape) + (said == LEFT_OUT)
-    kept = order.argsort(-1).argsort(-1) < jax.random.randint(keys[2], (*shape, 1), 1, 3)
+    kept = order.argsort(-1).argsort(-1) < jax.random.randint(keys[2], (*shape, 1), 1, 4)
     return jnp.where(kept, said, LEFT_OUT)
 
 
 def verdicts(said: jax.Array, known: jax.Array) -> jax.Array:
-    """Is a statement true of some object?  [m, 3] and facts [n, 4, 3] -> bool [n, m]."""
-    fits = (said[:, None] == LEFT_OUT) | (said[:, None] == known[:, None])
-    return fits.all(-1).any(-1)
+    """What a scene says to a statement: 1 where it is true of some object, -1 where it is false,
+    0 where that is not to be learned: where it would be true of an object if this had the shape
+    that is held out for its color, or if its color had a name.  [m, 3], facts [n, 4, 4] -> [n, m].
+    """
+    said, known = said[:, None], known[:, None]
+    fits = (said == LEFT_OUT) | (said == known[..., :3])
+    held_out = known[..., 3] == said[..., 1]
+    unnamed = jnp.broadcast_to(known[..., 0] == LEFT_OUT, held_out.shape)
+    open_ = fits | jnp.stack([unnamed, held_out, jnp.zeros_like(unnamed)], axis=-1)
+    true, undecided = (which.all(-1).any(-1) for which in (fits, open_))
+    return jnp.where(true, 1, jnp.where(undecided, 0, -1))
 
 
 def _objects(known: jax.Array) -> jax.Array:
@@ -155,11 +164,12 @@ def inventories(
 ) -> tuple[jax.Array, jax.Array]:
     """The statements of all objects of each scene, in random order and with commas between.
 
-    Facts [n, 4, 3], and `phrases` -> tokens [n, 24], padded at the right, and lengths [n].
+    Facts [n, 4, 4], and `phrases` -> tokens [n, 24], padded at the right, and lengths [n].
     """
     there = _objects(known)
     order = (jax.random.uniform(key, there.shape) - there).argsort(-1)
-    said = tuple(jnp.moveaxis(jnp.take_along_axis(known, order[..., None], axis=1), -1, 0))
+    said = jnp.take_along_axis(known[..., :3], order[..., None], axis=1)
+    said = tuple(jnp.moveaxis(said, -1, 0))
     count = jnp.where(jnp.take_along_axis(there, order, axis=1), lengths[said], 0)
     # The comma takes the place of BOS.
     listed = tokens[said].at[:, 1:, 0].set(comma).reshape(len(known), -1)
@@ -177,27 +187,24 @@ def make_batch(
 ) -> dict:
     """Pictures with an inventory and STATEMENTS statements of each, and which of all is true.
 
-    Texts that name colors say nothing of pictures whose colors have no names, nor texts that name
-    shapes of the others.
-
-    drawn [n, 32, 32, 3] uint8; known, their facts [n, 4, 3]; texts, `phrases` and a comma.
+    drawn [n, 32, 32, 3] uint8; known, their facts [n, 4, 4]; texts, `phrases` and a comma.
     """
     keys, (tokens, lengths, _) = jax.random.split(key), texts
     said = statements(known, keys[0]).reshape(-1, 3)
-    named = (known[..., 0] >= 0).any(-1)
-    same, about = 2 * jnp.eye(len(known), dtype=int) - 1, jnp.repeat(named, STATEMENTS)
-    told = jnp.concatenate([same, 2 * verdicts(said, known) - 1], axis=1)
+    # What has colors without names has no inventory.
+    named = (known[..., 0] != LEFT_OUT).all(-1)
+    same = (2 * jnp.eye(len(known), dtype=int) - 1) * named * named[:, None]
     return {
         "pixels": to_input(drawn),
         "inventories": inventories(known, *texts, keys[1]),
         "statements": (tokens[tuple(said.T)], lengths[tuple(said.T)]),
-        "matches": told * (named[:, None] == jnp.concatenate([named, about])),
+        "matches": jnp.concatenate([same, verdicts(said, known)], axis=1),
     }
 
 
 def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     """The image tower's parameters, and shares of new pictures: "retrieval", for which it finds the
-    inventory among those of RETRIEVAL pictures that may be compared, and "seen" and "unseen", of
+    inventory among those of RETRIEVAL pictures, and "seen" and "unseen", of
     one object of such a pair, for which it finds "a circle" and the like among SHAPES."""
     tokenizer = Tokenizer.from_files(tokenizer_files(config.siglip.num_tokens))
     vit, width = Siglip(config.siglip), config.siglip.width
@@ -212,7 +219,7 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     )
     data, known = _pictures(config.seed, "train", config.examples)
     single = {split: _single(config.seed, split) for split in ("seen", "unseen")}
-    tests, their_facts = _pictures(config.seed + 1, "train", 8 * RETRIEVAL)
+    tests, their_facts = _pictures(config.seed, "seen", 8 * RETRIEVAL)
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
     texts = (*map(jnp.asarray, phrases(tokenizer)), tokenizer.encode(",")[-1])
     batch = make_batch(data[:2], known[:2], texts, key)
@@ -260,8 +267,7 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
         batch = make_batch(data, known, texts, key)
         images = embed_images(vit, params, batch["pixels"])
         like = images @ embed_texts(text, params, *batch["inventories"]).T
-        comparable = batch["matches"][:, : len(data)] != 0
-        return jnp.argmax(jnp.where(comparable, like, -1), axis=1) == jnp.arange(len(data))
+        return jnp.argmax(like, axis=1) == jnp.arange(len(data))
 
     @jax.jit
     def named(params, drawn, shapes):
@@ -298,7 +304,7 @@ def _single(seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [count, 32, 32, 3], and their facts [count, 4, 3]."""
+    """uint8 [count, 32, 32, 3], and their facts [count, 4, 4]."""
     drawn, scenes = pictures(seed, split, count)
     return drawn, np.stack([facts(scene) for scene in scenes])
 
