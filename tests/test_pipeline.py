@@ -236,6 +236,19 @@ def test_broken_records_are_skipped_and_named(damaged):
     assert not bad & used and len(bad) == sum(broken.values())
 
 
+def test_workers_change_nothing(damaged):
+    """Whatever their number and from any step on; what is broken is named in the same order."""
+    config = dataclasses.replace(damaged, broken_check_steps=2)
+    expected = take(config, 6)
+    assert any(stats.broken for _, stats in expected)
+    found = take(dataclasses.replace(config, workers=3), 6)
+    assert [stats for _, stats in found] == [stats for _, stats in expected]
+    later = take(dataclasses.replace(config, workers=1, prefetch=0), 4, step=2)
+    for whole in (found, [*found[:2], *later]):
+        for (a, _), (b, _) in zip(whole, expected, strict=True):
+            assert_same(a, b)
+
+
 def test_every_process_names_the_same_broken_records(damaged):
     """Two processes step by step, their texts exchanged by hand."""
     damaged = dataclasses.replace(damaged, broken_check_steps=3)

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from PIL import Image
 from jflow.checkpoints import new_folder
 from jflow.data import shapes
 from jflow.data.scenes import SPLITS, render
+from jflow.data.workers import in_processes
 
 _CAPTIONS, _CONVERSATION = 2, 3  # purposes of `shapes.generator`; 0 and 1 are its own
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -35,7 +37,9 @@ _OPTIONS = "options"  # where dataset_info.json keeps what a dataset was built w
 @dataclass(frozen=True)
 class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
-    captions: of each picture. rounds: of questions about it, of two to six new ones each."""
+    captions: of each picture. rounds: of questions about it, of two to six new ones each.
+    unnamed: percent of the training pictures that could do without certain colors, to be drawn in
+    colors without names; see `shapes.example`."""
 
     size: int = 32
     train: int = 20_000
@@ -43,6 +47,7 @@ class ShapesOptions:
     unseen: int = 1_000
     captions: int = 4
     rounds: int = 2
+    unnamed: int = 0
     seed: int = 0
 
 
@@ -84,25 +89,23 @@ class Shapes(_Embedded):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        options, seed = self._options, self._options.seed
-        for i in range(getattr(options, split)):
-            made = shapes.example(seed, split, i)
-            rng = shapes.generator(seed, split, i, _CAPTIONS)
-            more = (
-                shapes.caption_of(made.scene, made.record, rng) for _ in range(1, options.captions)
-            )
-            rng = shapes.generator(seed, split, i, _CONVERSATION)
-            asked = shapes.conversation(made.scene, split, options.rounds, rng)
-            yield (
-                i,
-                _example(
-                    np.round((render(made.scene, options.size) + 1) * 127.5).astype(np.uint8),
-                    [made.caption, *more],
-                    [(q.question, q.answer) for q in asked],
-                    made.record,
-                    i,
-                ),
-            )
+        make = partial(_shapes_example, self._options, split)
+        return enumerate(in_processes(make, range(getattr(self._options, split))))
+
+
+def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
+    made = shapes.example(options.seed, split, index, options.unnamed / 100)
+    rng = shapes.generator(options.seed, split, index, _CAPTIONS)
+    more = (shapes.caption_of(made.scene, made.record, rng) for _ in range(1, options.captions))
+    rng = shapes.generator(options.seed, split, index, _CONVERSATION)
+    asked = shapes.conversation(made.scene, split, options.rounds, rng)
+    return _example(
+        np.round((render(made.scene, options.size) + 1) * 127.5).astype(np.uint8),
+        [made.caption, *more],
+        [(q.question, q.answer) for q in asked],
+        made.record,
+        index,
+    )
 
 
 class Digits(_Embedded):

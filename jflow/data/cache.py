@@ -71,7 +71,7 @@ class ImageCache:
     """
 
     def __init__(self, folder: str, fingerprint: Fingerprint):
-        self._folder = Path(folder)
+        self._folder, self._fingerprint = Path(folder), fingerprint
         if not (self._folder / INFO).is_file():
             raise FileNotFoundError(
                 f"There is no cache in {folder}: write one with python -m jflow.data cache."
@@ -92,6 +92,10 @@ class ImageCache:
             moments=np.zeros(self._moments[0].shape[1:], np.float32),
             features=np.zeros(self._features[0].shape[1:], np.float32) if with_features else None,
         )
+
+    def __reduce__(self):
+        """Another process opens the files for itself."""
+        return ImageCache, (str(self._folder), self._fingerprint)
 
     def _open(self, name: str) -> np.ndarray:
         try:

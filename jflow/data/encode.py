@@ -5,7 +5,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from jflow import checkpoints
+from jflow.data import workers
 from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, source_checksum
 from jflow.data.examples import cached_crop
 from jflow.data.mixture import DataConfig
@@ -133,7 +134,7 @@ def _write_source(
     """Writes the arrays of one source, each to its path; {index: why} of its broken records."""
     broken, files = {}, {}
     with tqdm(total=len(source), unit="crop") as bar:
-        for start, crops in _crop_batches(source, size, data.seed, batch, data.threads):
+        for start, crops in _crop_batches(source, size, data, batch):
             pixels = np.zeros((batch, size, size, 3), np.float32)
             for i, crop in enumerate(crops):
                 if isinstance(crop, str):
@@ -152,23 +153,30 @@ def _write_source(
 
 
 def _crop_batches(
-    source: Source, size: int, seed: int, batch: int, threads: int
+    source: Source, size: int, data: DataConfig, batch: int
 ) -> Iterator[tuple[int, list[np.ndarray | str]]]:
     """(first record, crops or reasons why there is none), the next batch made meanwhile."""
+    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(data.threads)
+    share = -(-batch // (data.workers or data.threads))
 
+    def ask(start: int) -> list[Future]:
+        indices = range(start, min(start + batch, len(source)))
+        parts = [indices[i : i + share] for i in range(0, len(indices), share)]
+        return [pool.submit(_crops, source, size, data.seed, part) for part in parts]
+
+    starts = range(0, len(source), batch)
+    with pool:
+        waiting = ask(0)
+        for start in starts:
+            ready, waiting = waiting, ask(start + batch)
+            yield start, [crop for future in ready for crop in future.result()]
+
+
+def _crops(source: Source, size: int, seed: int, indices: range) -> list[np.ndarray | str]:
     def crop(index: int) -> np.ndarray | str:
         try:
             return cached_crop(source[index], size, seed, index)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
 
-    starts = range(0, len(source), batch)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def ask(start: int) -> list:
-            return [pool.submit(crop, i) for i in range(start, min(start + batch, len(source)))]
-
-        waiting = ask(0)
-        for start in starts:
-            ready, waiting = waiting, ask(start + batch)
-            yield start, [future.result() for future in ready]
+    return [crop(index) for index in indices]

@@ -69,7 +69,9 @@ class DataConfig:
     row. drop_prompt: share of generation samples.
     max_broken_share: of the samples read since the start (of 1,000 at least); beyond, the run
     stops, at its first batch or at one of every broken_check_steps. threads and prefetch (in
-    windows): of each process. cache: folder of `python -m jflow.data cache`; "" encodes anew.
+    windows): of each process. workers: processes that make the windows instead of threads, where
+    these share one Python lock too slowly. cache: folder of `python -m jflow.data cache`; ""
+    encodes anew.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -91,6 +93,7 @@ class DataConfig:
     seed: int = 0
     threads: int = 8
     prefetch: int = 16
+    workers: int = 0
     cache: str = ""
 
     @property

@@ -5,7 +5,8 @@ that task's samples it packs, which records those are, and all that is random in
 position in the data is one integer, the step, and neither a restart nor another number of
 processes changes what is trained on. Each process makes only its own rows.
 
-Grain shuffles each source anew every epoch and makes the windows ahead of time in threads.
+Grain shuffles each source anew every epoch and makes the windows ahead of time in threads; or
+processes make them, where a model takes more samples than one Python can make.
 """
 
 import functools
@@ -21,7 +22,7 @@ import jax
 import numpy as np
 
 from jflow.batch import Batch, ImageRows, TextRows
-from jflow.data import packing
+from jflow.data import packing, workers
 from jflow.data.cache import ImageCache
 from jflow.data.examples import Example, Format
 from jflow.data.mixture import TASKS, DataConfig, Row, Task, batch_rows, part_sizes
@@ -34,6 +35,7 @@ from jflow.prompts import Tokenizer
 
 _BROKEN_FLOOR = 1_000  # records that the share of broken ones is taken of, at least
 _BROKEN_LISTED = 20
+_loader: "Loader"  # of a process that makes pieces
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class Loader:
             )
         if bool(config.cache) != (cache is not None):
             raise ValueError(f"The cache {config.cache!r} must be opened for the loader.")
+        self._made_from = (
+            *(config, tokenizer, processor, image_size, latent_tokens),
+            *(process_index, process_count, row_multiple, cache),
+        )
         self._config, self._cache = config, cache
         self.format = Format(
             tokenizer=tokenizer,
@@ -125,6 +131,10 @@ class Loader:
         self._jobs = functools.lru_cache(maxsize=16)(self._list_jobs)
         starts = [phase.from_step for phase in config.mixture]
         self._jobs_per_step = max(self._most_jobs(step) for step in starts)
+
+    def __reduce__(self):
+        """Another process opens the sources for itself."""
+        return Loader, self._made_from
 
     def local_rows(self, step: int) -> tuple[list[Row | None], list[Row | None]]:
         """This process's rows of TextRows and of ImageRows; None for an empty one."""
@@ -150,10 +160,7 @@ class Loader:
         they are more than the configured share: on all processes at the same step.
         """
         config, gather = self._config, gather or gather_texts
-        options = grain.ReadOptions(config.threads, config.prefetch)
-        jobs = grain.MapDataset.range(step * self._jobs_per_step, sys.maxsize)
-        make = functools.partial(self._make_piece, start=step)
-        pieces = iter(jobs.map(make).to_iter_dataset(options))
+        pieces = self._in_processes(step) if config.workers else self._in_threads(step)
         rows, samples, new, broken = {}, 0, [], []
         for now in itertools.count(step):
             found = [next(pieces) for _ in range(self._jobs_per_step)]
@@ -170,6 +177,25 @@ class Loader:
             left_out = sum(piece.left_out for piece in found)
             read = sum(piece.samples for piece in found)
             yield batch, BatchStats(padding, read, left_out, tuple(reported))
+
+    def _in_threads(self, start: int) -> Iterator[_Piece]:
+        """What all jobs from step `start` on make, in order."""
+        options = grain.ReadOptions(self._config.threads, self._config.prefetch)
+        jobs = grain.MapDataset.range(start * self._jobs_per_step, sys.maxsize)
+        make = functools.partial(self._make_piece, start=start)
+        return iter(jobs.map(make).to_iter_dataset(options))
+
+    def _in_processes(self, start: int) -> Iterator[_Piece]:
+        """The same."""
+        pool = workers.pool(self._config.workers, _begin_worker, self)
+        try:
+            yield from workers.ahead(
+                lambda job: pool.submit(_make_piece, job, start),
+                itertools.count(start * self._jobs_per_step),
+                self._config.prefetch,
+            )
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _sizes(self, step: int) -> tuple[int, int]:
         text, images = part_sizes(self._config, step, self._row_multiple)
@@ -292,6 +318,16 @@ def checkpoint_loader(
         cache=cache,
         **share,
     )
+
+
+def _begin_worker(loader: Loader) -> None:
+    global _loader
+    jax.config.update("jax_platforms", "cpu")  # The accelerator is the main process's.
+    _loader = loader
+
+
+def _make_piece(job: int, start: int) -> _Piece:
+    return _loader._make_piece(job, start)
 
 
 def _check_broken(broken: list[str], samples: int, limit: float) -> None:

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# configs/shapes_gpu.py from nothing on one GPU in five minutes: builds the pictures, encodes them,
+# trains, scores. runs/shapes-gpu/{scores.json,drawn.png,answered.png} are what comes out.
+#
+#     bash scripts/shapes_gpu.sh [field=value ...]     # of the config, for example steps=15000
+#
+# Needs python3 (or $PYTHON) with jflow's dependencies; nothing is installed. $SCENES are built;
+# $MODEL and $BENCHMARK are fields of jflow.scratch and jflow.evals.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} run=runs/shapes-gpu
+model=${MODEL:-hidden_size=256 intermediate_size=768 num_layers=6 num_heads=8 channels=128}
+export PYTHONPATH=.${PYTHONPATH:+:$PYTHONPATH}
+began=$(date +%s)
+
+step() {
+    "$python" "$@"
+    echo "== $(($(date +%s) - began)) s: $*"
+}
+
+rm -rf $run && mkdir -p $run
+# What is built needs no GPU, and what is random needs it for seconds.
+step -m jflow.data build shapes --out $run/data --train "${SCENES:-100000}" --seen 1 --unseen 1 \
+    --rounds 1 --unnamed 50 &
+# shellcheck disable=SC2086  # Several fields.
+step -m jflow.scratch --out $run/init $model
+wait $!
+step -m jflow.data cache --config configs/shapes_gpu.py --out $run/cache --batch 512 "$@"
+step train.py --config configs/shapes_gpu.py --run $run/train "$@"
+# shellcheck disable=SC2086
+step -m jflow.evals --ckpt $run/train --out $run --began "$began" ${BENCHMARK:-batch_size=256}
