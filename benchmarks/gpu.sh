@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# All that wants a GPU, in one call of 5 minutes: at full size in bfloat16 the training step by batch
-# and remat policy, and sampling with PyTorch beside it; cuDNN's attention against XLA's, and the
-# float32 goldens.
+# All that wants a GPU, in one call of less than 10 minutes: at full size in bfloat16 the training
+# step by batch and remat policy, and sampling with PyTorch beside it; cuDNN's attention against
+# XLA's, and the float32 goldens.
 #
 #     bash benchmarks/gpu.sh                   # writes <date>_gpu.json in $OUT or benchmarks/results
 #     bash benchmarks/gpu.sh --device cpu      # the same parts, tiny: whether this script works
@@ -49,7 +49,7 @@ part() {
     "$python" benchmarks/report.py "$parts" --out "$results/$name.json" >"$results/${name}_tables.md"
 }
 
-part step 200 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
+part step 280 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
 part sampling 190 "$python" benchmarks/sampling.py "${sampling[@]}" --json "$parts/sampling.json"
 export XLA_FLAGS="${XLA_FLAGS:-} $quick"
 part attention 60 "$python" -m pytest -q tests/test_attention.py -k gpu

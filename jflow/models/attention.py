@@ -141,7 +141,8 @@ def _xla(
 ) -> jax.Array:
     """Attention under a mask [B, T, S] over the new tokens and [B, T, S'] over the cached ones.
 
-    The cache is read in place: scores are joined, keys and values are not, so no step copies it.
+    The cache is read in place: neither keys and values are joined with the new ones, nor scores, of
+    which a GPU would compute the new ones again for each of the joined.
     """
     kv_heads, width = k.shape[2], q.shape[3]
     group = q.shape[2] // kv_heads
@@ -164,10 +165,11 @@ def _xla(
     if cache is None:
         out = weigh(jax.nn.softmax(s, axis=-1), v, "BSKD")
     else:
-        past = cache.k.shape[-1]
-        s = jnp.concatenate([scores(cache.k, "BKDS", cache_mask), s], axis=-1)
-        weights = jax.nn.softmax(s, axis=-1)
-        out = weigh(weights[..., :past], cache.v, "BKSD") + weigh(weights[..., past:], v, "BSKD")
+        past = scores(cache.k, "BKDS", cache_mask)
+        top = jnp.maximum(jnp.max(past, axis=-1), jnp.max(s, axis=-1))[..., None]
+        past, now = jnp.exp(past - top), jnp.exp(s - top)
+        total = jnp.sum(past, axis=-1, keepdims=True) + jnp.sum(now, axis=-1, keepdims=True)
+        out = weigh(past / total, cache.v, "BKSD") + weigh(now / total, v, "BSKD")
     return rearrange(out, "B K (G T) D -> B T (K G) D", G=group)
 
 
