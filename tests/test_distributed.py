@@ -70,9 +70,9 @@ class Processes:
             assert not any(process.poll() for process in self.all), self.printed()
             time.sleep(0.05)
 
-    def finish(self) -> list[str]:
+    def finish(self, status: int = 0) -> list[str]:
         codes = [process.wait() for process in self.all]
-        assert not any(codes), (codes, self.printed())
+        assert set(codes) == {status}, (codes, self.printed())
         return self.printed()
 
 
@@ -115,10 +115,11 @@ def test_two_processes_do_what_one_does(begin, command, tmp_path, monkeypatch): 
     two = begin("both", 2, "steps=1000", "save_every=1000", pause=0.1)
     two.wait_for("rf=")
     two.all[1].send_signal(signal.SIGTERM)
-    first, second = two.finish()
+    first, second = two.finish(train.STOPPED)
     stopped = log(both)[-1]["step"]
     assert stopped < 1000 and runs.steps(both) == [stopped]
     assert f"step {stopped} is saved in" in first and "step" not in second
+    assert f"stopped at step {stopped} of 1000: the same command continues." in first
     for text in (first, second):
         (held,) = re.findall(r"holds (\S+) of the state", text)
         assert float(held) < 0.6
