@@ -1,6 +1,8 @@
 """Train one stage of JanusFlow; the same command again continues where it stopped.
 
 python train.py --config configs/pretrain.py [--run runs/NAME] [field=value ...]
+
+Exit status: 0 after the last step, 75 when it was told to stop before (SIGTERM), 2 for an error.
 """
 
 import argparse
@@ -42,6 +44,9 @@ from jflow.training.objectives import Modules, Sums, janusflow
 from jflow.training.optimizer import adamw
 from jflow.training.samples import Sampler
 from jflow.training.step import train_step
+
+# The exit status of a run that was told to stop and has saved: EX_TEMPFAIL, try again.
+STOPPED = 75
 
 
 def build(models: dict, config: TrainConfig, attention: Implementation = "auto") -> Modules:
@@ -162,7 +167,8 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
+def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
+    """Trains up to the last step, or to where it is told to stop; returns that step, saved."""
     # 1. The checkpoint that the stage begins from: its models, tokenizer and parameters.
     models, files = checkpoints.read_metadata(config.init_from)
     models = {name: models.get(name) for name in ("janusflow", "siglip", "vae")}
@@ -266,6 +272,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> None:
             saved.check()
             bar.update()
     say(f"{config.name}: step {step} is saved in {runs.folder(folder, step)}")
+    return step
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -300,11 +307,18 @@ def main(argv: list[str] | None = None) -> int:
         distributed.start(args.coordinator, args.processes, args.process)
         enable_cache()
         with distributed.failing_together():
-            run(config, Path(args.run or f"runs/{config.name}"), args.profile)
+            step = run(config, Path(args.run or f"runs/{config.name}"), args.profile)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    if step >= config.steps:
+        return 0
+    if distributed.is_first():
+        print(
+            f"train.py: stopped at step {step} of {config.steps}: the same command continues.",
+            file=sys.stderr,
+        )
+    return STOPPED
 
 
 if __name__ == "__main__":

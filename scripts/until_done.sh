@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Runs a command again until it ends well; train.py continues from its last checkpoint each time.
+# A command that was told to stop ends it too, with its exit status 75 (train.py): whoever told it,
+# here or on another host, begins it again.
 #
 #     scripts/until_done.sh python train.py --config configs/pretrain.py
 #
@@ -7,6 +9,7 @@
 # within QUICK (900) seconds: a mistake, then, and no lost machine. Waits PAUSE (10) seconds before
 # each new try. SIGTERM and SIGINT reach the command as SIGTERM, and end the repetition.
 set -u
+stopped=75
 tries=${TRIES:-5} quick=${QUICK:-900} pause=${PAUSE:-10}
 child='' told='' failures=0
 
@@ -34,7 +37,7 @@ while true; do
     [ -z "$told" ] || tell
     wait_for "$child" || status=$?
     child=''
-    if [ $status -eq 0 ] || [ -n "$told" ]; then
+    if [ $status -eq 0 ] || [ $status -eq $stopped ] || [ -n "$told" ]; then
         exit $status
     fi
     if [ $((SECONDS - began)) -ge "$quick" ]; then

@@ -18,6 +18,7 @@ from PIL import Image
 import train
 from jflow import distributed, sharding
 from jflow.training import runs
+from jflow.training.optimizer import PRETRAINING
 from tests.goldens import REPO
 from tests.processes import quadratic
 from tests.test_train import command, contents, equal, log  # noqa: F401 (a fixture)
@@ -40,17 +41,26 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes of one run of tests.processes."""
+    """`count` processes of one run, each with so many devices; program: python's arguments."""
 
-    def __init__(self, arguments: list[str], run: Path, count: int, pause: float = 0.0):
+    def __init__(
+        self,
+        arguments: list[str],
+        run: Path,
+        count: int,
+        pause: float = 0.0,
+        devices: int = 1,
+        program: tuple[str, ...] = ("-m", "tests.processes"),
+    ):
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "XLA_FLAGS": " ".join(FLAGS),
             "PAUSE": str(pause),
             "PYTHONUNBUFFERED": "1",
         }
-        train_py = [sys.executable, "-m", "tests.processes", *arguments, "--run", str(run)]
+        train_py = [sys.executable, *program, *arguments, "--run", str(run)]
         self.run, self.logs, self.all = run, [], []
         for i in range(count):
             own = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
@@ -70,9 +80,9 @@ class Processes:
             assert not any(process.poll() for process in self.all), self.printed()
             time.sleep(0.05)
 
-    def finish(self) -> list[str]:
+    def finish(self, status: int = 0) -> list[str]:
         codes = [process.wait() for process in self.all]
-        assert not any(codes), (codes, self.printed())
+        assert set(codes) == {status}, (codes, self.printed())
         return self.printed()
 
 
@@ -81,8 +91,8 @@ def begin(command, tmp_path):  # noqa: F811
     """Starts processes, and kills what is left of them."""
     begun = []
 
-    def start(name: str, count: int, *more: str, pause: float = 0.0) -> Processes:
-        begun.append(Processes([*command, *MORE, *more], tmp_path / name, count, pause))
+    def start(name: str, count: int, *more: str, **how) -> Processes:
+        begun.append(Processes([*command, *MORE, *more], tmp_path / name, count, **how))
         return begun[-1]
 
     yield start
@@ -115,10 +125,11 @@ def test_two_processes_do_what_one_does(begin, command, tmp_path, monkeypatch): 
     two = begin("both", 2, "steps=1000", "save_every=1000", pause=0.1)
     two.wait_for("rf=")
     two.all[1].send_signal(signal.SIGTERM)
-    first, second = two.finish()
+    first, second = two.finish(train.STOPPED)
     stopped = log(both)[-1]["step"]
     assert stopped < 1000 and runs.steps(both) == [stopped]
     assert f"step {stopped} is saved in" in first and "step" not in second
+    assert f"stopped at step {stopped} of 1000: the same command continues." in first
     for text in (first, second):
         (held,) = re.findall(r"holds (\S+) of the state", text)
         assert float(held) < 0.6
@@ -236,6 +247,24 @@ def test_four_processes_go_on_where_two_stopped(begin, command, tmp_path, monkey
     monkeypatch.setattr(train, "janusflow", quadratic)
     alone(command, tmp_path / "one", "steps=6")
     assert_same_course(tmp_path / "many", tmp_path / "one", 6)
+
+
+@pytest.mark.slow
+def test_the_model_learns_on_two_processes_what_it_learns_on_two_devices(begin, tmp_path):
+    """train.py as it is: text, pictures and REPA, of all that stage 2 trains, in float32.
+
+    Within 1e-6: sums of two numbers do not depend on their order, and so far nothing differs.
+    """
+    more = ("steps=4", "save_every=4", f"trainable={PRETRAINING}")
+    begin("both", 2, *more, program=("train.py",)).finish()
+    begin("one", 1, *more, program=("train.py",), devices=2).finish()
+    ours, want = log(tmp_path / "both"), log(tmp_path / "one")
+    assert len(ours) == 4 and {"ar", "rf", "repa_cosine", "gradient_norm"} <= set(ours[0])
+    for line, same in zip(ours, want, strict=True):
+        del line["padding"], same["padding"]  # Of the rows that process 0 reads.
+        assert line == pytest.approx(same, rel=1e-6)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)  # noqa: E731
+    jax.tree.map(close, contents(tmp_path / "both", 4), contents(tmp_path / "one", 4))
 
 
 @pytest.mark.slow

@@ -263,6 +263,16 @@ def test_a_step_compiled_for_tpus(as_trained):
     assert compiled.figures.cycles > 0 and compiled.needed > 0
 
 
+@pytest.mark.parametrize("name", ["v5e-64", "v6e-64", "v5p-128"])
+def test_meshes_may_split_a_side_of_a_slice(name):
+    """16 of 8 x 8 chips, where jax.make_mesh takes only whole sides."""
+    pytest.importorskip("libtpu")
+    chips = topology.devices(topology.parse(name))
+    found = make_mesh(MeshConfig(4, 16, 1), chips)
+    assert dict(found.shape) == {"data": 4, "fsdp": 16, "tensor": 1}
+    assert set(found.devices.flat) == set(chips)
+
+
 @pytest.mark.slow
 def test_a_chip_does_the_same_among_more_of_them(as_trained):
     """2 rows a chip on 16 and on 256: operations to 1e-6, and no more bytes to and from memory.

@@ -52,13 +52,13 @@ TPU = """HloModule jit_step, is_scheduled=true
   %p.0 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
   %p.1 = bf16[32,16]{1,0:T(8,128)(2,1)} parameter(1)
   %p.2 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(2)
-  %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.2), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  %all-gather.1 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.2), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="3"}
   ROOT %convolution.1 = bf16[64,16]{1,0:T(8,128)(2,1)} convolution(%p.0, %p.1), dim_labels=bf_io->bf
 }
 
 %fused.2 (p.3: bf16[8,16]) -> bf16[32,16] {
   %p.3 = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.2 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.3), channel_id=7, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}
+  ROOT %all-gather.2 = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.3), channel_id=1, replica_groups=mesh['a'=4,'b'=2] {'a'}, dimensions={0}, frontend_attributes={chain_id="3"}
 }
 
 %body (arg: (s32[], bf16[64,32], bf16[32,16], bf16[8,16])) -> (s32[], bf16[64,32], bf16[32,16], bf16[8,16]) {
@@ -91,7 +91,8 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16], c: bf16[8,16]) -> bf16[64,32] {
   %zero = s32[] constant(0)
   %start = (s32[], bf16[64,32]{1,0}, bf16[32,16]{1,0}, bf16[8,16]{1,0}) tuple(%zero, %a, %b, %c)
   %while = (s32[], bf16[64,32]{1,0}, bf16[32,16]{1,0}, bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body
-  %all-reduce = f32[100]{0} all-reduce(%zero), channel_id=9, replica_groups=[2,8]<=[16], to_apply=%condition
+  %all-reduce = f32[100]{0} all-reduce(%zero), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%condition
+  %all-to-all = f32[100]{0} all-to-all(%zero), channel_id=1, replica_groups=mesh['a'=16,'b'=1,'c'=4], device_ids=([4,16]T(1,0)) {'a'}, dimensions={0}
   ROOT %out = bf16[64,32]{1,0} get-tuple-element(%while), index=1
 }
 """  # noqa: E501
@@ -107,7 +108,15 @@ def test_what_a_tpu_program_does():
     assert figures.collectives["all-gather"] == program.Collective(24, 24 * 3 * 8 * 16 * 2)
     # A sum over 8 chips: each takes in 7/8 of it twice.
     assert figures.collectives["all-reduce"] == program.Collective(1, 2 * 7 / 8 * 4)
+    # Of 4 bytes each of 16 chips keeps its part, of those in the other order of the mesh.
+    assert figures.collectives["all-to-all"] == program.Collective(1, 15 / 16 * 4)
     assert program.largest_gather(text) == 4 * 8 * 16
+
+
+def test_groups_that_are_not_understood_are_no_guess():
+    text = hlo.parse(TPU.replace("replica_groups=[2,8]<=[16]", "replica_groups=somehow"))
+    with pytest.raises(ValueError, match="groups of all-reduce cannot be told"):
+        program.measure(text)
 
 
 def test_dense_masks_and_whole_logits_are_seen():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import train
 from tests.goldens import REPO
 
 UNTIL_DONE = [str(REPO / "scripts" / "until_done.sh"), "bash", "-c"]
@@ -46,7 +47,13 @@ def test_failures_far_apart_are_lost_machines(tmp_path):
     assert run.returncode == 0 and turns(tmp_path) == 6
 
 
-@pytest.mark.parametrize("status", [0, 7])
+def test_a_command_that_was_told_to_stop_elsewhere_is_not_run_again(tmp_path):
+    run = begin(f"echo >> turns; exit {train.STOPPED}", tmp_path)
+    run.communicate(timeout=60)
+    assert run.returncode == train.STOPPED and turns(tmp_path) == 1
+
+
+@pytest.mark.parametrize("status", [0, 7, train.STOPPED])
 def test_sigterm_reaches_the_command_and_ends_the_repetition(tmp_path, status):
     """The command is given the time that it takes to save."""
     saving = f"trap 'sleep 0.5; echo saved > saved; exit {status}' TERM"
@@ -76,8 +83,9 @@ def wait_for(file: Path, text: str) -> str:
     raise AssertionError(f"{text!r} is not in {file}")
 
 
-# A train.py that notes its arguments, goes on until it is told to stop, and takes time to save.
-TRAIN = """printf '<%s>' "$@" > noted; trap 'sleep 0.3; echo saved >> noted; exit 0' TERM
+# A train.py that notes its arguments, goes on until it is told to stop, and takes time to save; it
+# ends with $STATUS.
+TRAIN = """printf '<%s>' "$@" > noted; trap 'sleep 0.3; echo saved >> noted; exit $STATUS' TERM
 echo begun >> noted; while true; do sleep 0.1; done"""
 
 
@@ -93,6 +101,7 @@ def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
     put(tmp_path / "jflow" / "scripts" / "until_done.sh", f'exec {UNTIL_DONE[0]} "$@"')
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     settings = {"TPU": "slice", "ZONE": "z", "TYPE": "v5litepod-64", "RUNTIME": "r", "PATH": path}
+    settings["STATUS"] = str(train.STOPPED)
 
     def tpu(*arguments):
         command = [str(REPO / "scripts" / "tpu.sh"), *arguments]
@@ -109,8 +118,17 @@ def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
     assert tpu("fly").returncode == 2
 
 
-@pytest.mark.parametrize("sent, requeued", [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path, sent, requeued):
+@pytest.mark.parametrize(
+    "sent, status, requeued",
+    [
+        (signal.SIGUSR1, train.STOPPED, True),
+        (signal.SIGUSR1, 0, False),  # That was the last step.
+        (signal.SIGTERM, train.STOPPED, False),
+    ],
+)
+def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(
+    tmp_path, sent, status, requeued
+):
     put(tmp_path / "bin" / "srun", f"shift 2\n{TRAIN}")
     put(tmp_path / "bin" / "scontrol", 'echo "$@" > requeue')
     put(tmp_path / "scripts" / "until_done.sh", f'exec {UNTIL_DONE[0]} "$@"')
@@ -118,12 +136,12 @@ def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(tmp_path,
     job = subprocess.Popen(
         ["bash", str(REPO / "scripts" / "slurm.sbatch"), "--config", "a b.py"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17"},
+        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17", "STATUS": str(status)},
     )
     noted = wait_for(tmp_path / "noted", "begun")
     assert noted.startswith("<train.py><--config><a b.py>")
     job.send_signal(sent)
-    assert job.wait(timeout=60) == 0
+    assert job.wait(timeout=60) == status
     assert "saved" in (tmp_path / "noted").read_text()
     assert (tmp_path / "requeue").exists() == requeued
     assert not requeued or (tmp_path / "requeue").read_text() == "requeue 17\n"

@@ -149,14 +149,17 @@ def test_a_continued_run_equals_an_uninterrupted_one(command, uninterrupted, tmp
     equal(tmp_path / "run", uninterrupted)
 
 
-def test_sigterm_saves_and_ends_well(command, uninterrupted, tmp_path):
+def test_sigterm_saves_and_says_that_it_is_not_done(command, uninterrupted, tmp_path):
     process = start(command, tmp_path / "run", "save_every=100")
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not log(tmp_path / "run"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 0 and "is saved in" in output
+    assert process.returncode == train.STOPPED and "is saved in" in output
+    stopped = log(tmp_path / "run")[-1]["step"]
+    sentence = f"train.py: stopped at step {stopped} of 6: the same command continues."
+    assert output.splitlines()[-1] == sentence
     finish(command, tmp_path / "run")
     equal(tmp_path / "run", uninterrupted)
 

@@ -68,10 +68,11 @@ def measure(
     for name, instruction, runs in program.instructions():
         inside = program.computations[name]
         flops += runs * instruction_flops(instruction, inside)
-        kind, channel = collective_kind(name, instruction), instruction.attribute("channel_id")
-        # One exchange behind several fusions of a loop's body stands in each of them.
-        once = (program.owner(name), channel)
-        if kind and (channel is None or once not in seen):
+        kind = collective_kind(name, instruction)
+        # An exchange in the background of several fusions stands in each of them, as one chain.
+        chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+        once = (program.owner(name), chain and chain[1])
+        if kind and (chain is None or once not in seen):
             seen.add(once)
             total = collectives.setdefault(kind, [0, 0.0])
             total[0] += runs
@@ -197,9 +198,14 @@ def received(kind: str, instruction: Instruction, inside: dict[str, Instruction]
 def group_size(instruction: Instruction) -> int:
     """How many chips exchange with each other.
 
-    XLA writes their groups as mesh['a'=4,'b'=2] {'a'}, as [groups,chips]<=[...] or one by one.
+    XLA writes their groups as mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}, with or without
+    the order of the devices, as [groups,chips]<=[...] or one by one. Raises ValueError for others.
     """
-    found = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", instruction.attributes)
+    if "source_target_pairs" in instruction.attributes:
+        return 2
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}:]*)\}", instruction.attributes
+    )
     if found:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
@@ -207,7 +213,9 @@ def group_size(instruction: Instruction) -> int:
     if found:
         return int(found[2])
     found = re.search(r"replica_groups=\{\{([\d,]*)\}", instruction.attributes)
-    return len(found[1].split(",")) if found else 2
+    if not found:
+        raise ValueError(f"The groups of {instruction.name} cannot be told from the program.")
+    return len(found[1].split(","))
 
 
 def memory_bytes(
