@@ -34,8 +34,10 @@ def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
     Where the attention that will run is another than the compiled one (`attention`), this one's
     memory traffic is left out: it takes apart what a kernel computes on the chip.
     """
+    # Autotuning needs the GPU, and without it Triton's products have no tiles that fit.
+    gpu = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(gpu if place.hardware.platform == "cuda" else None)
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"Used ([\d.]+)([KMGT])\w* of|temporaries \(([\d.]+)([KMGT])", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or not found:

@@ -109,11 +109,6 @@ def _gpu(topology: Topology) -> list[jax.Device]:
             f"Planning for {topology.name} needs the CUDA compiler, not a GPU: pip install "
             f"-e '.[plan-cuda]'."
         )
-    # Autotuning needs the GPU, and without it Triton's products have no tiles that fit.
-    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
-    given = os.environ.get("XLA_FLAGS", "")
-    if flags not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {flags}".strip()
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
     # The assembler of the wheel, where there is one.
     nvidia = importlib.util.find_spec("nvidia")
