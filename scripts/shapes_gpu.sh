@@ -4,9 +4,8 @@
 #
 #     bash scripts/shapes_gpu.sh [field=value ...]     # of the config, for example steps=15000
 #
-# Needs python3 (or $PYTHON) with jflow's dependencies; nothing is installed. $SCENES are built, of
-# those that may be $UNNAMED percent in colors without names, which want a VAE and a SigLIP that know
-# them; $MODEL and $BENCHMARK are fields of jflow.scratch and jflow.evals.
+# Needs python3 (or $PYTHON) with jflow's dependencies; nothing is installed. $SCENES are built;
+# $MODEL and $BENCHMARK are fields of jflow.scratch and jflow.evals.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} run=runs/shapes-gpu
@@ -22,7 +21,7 @@ step() {
 rm -rf $run && mkdir -p $run
 # What is built needs no GPU, and what is random needs it for seconds.
 step -m jflow.data build shapes --out $run/data --train "${SCENES:-100000}" --seen 1 --unseen 1 \
-    --rounds 1 --unnamed "${UNNAMED:-0}" &
+    --rounds 1 &
 # shellcheck disable=SC2086  # Several fields.
 step -m jflow.scratch --out $run/init $model
 wait $!

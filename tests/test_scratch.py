@@ -6,29 +6,28 @@ import numpy as np
 import pytest
 
 from jflow.checkpoints import load_checkpoint
-from jflow.data import builders, scenes, shapes
+from jflow.data import builders, shapes
 from jflow.images import from_uint8
 from jflow.inference.pipeline import ImageOptions, Pipeline
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.prompts import Tokenizer, generation_tokens
-from jflow.scratch import siglip as contrastive
 from jflow.scratch.__main__ import main
 from jflow.scratch.parts import ASSETS, pictures, read, write
-from jflow.scratch.siglip import sigmoid_loss
+from jflow.scratch.siglip import holds, inventory, sigmoid_loss, statement
 from jflow.scratch.tokenizer import tokenizer_files
 
 
 def texts():
     for split in ("train", "seen", "unseen"):
         for i in range(400):
-            example = shapes.example(0, split, i, unnamed=0.5)
+            example = shapes.example(0, split, i)
             yield example.caption
+            yield inventory(example.scene, np.random.default_rng(i))
             for question in example.questions:
                 yield question.question
                 yield question.answer
     rng = np.random.default_rng(0)
-    yield from (" ".join(names) for names in contrastive.ATTRIBUTES)
     for digit in range(10):
         yield from builders.digit_captions(digit)
         for question, answer in builders.digit_questions(digit, rng):
@@ -52,74 +51,25 @@ def test_the_template_costs_a_token_a_phrase():
 def test_sigmoid_loss_is_that_of_the_paper():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(5, 7)), rng.normal(size=(8, 7))
-    matches = rng.integers(-1, 2, size=(5, 8))  # 0: nothing is to be learned
+    matches = rng.random((5, 8)) < 0.3
     scale, bias = 3.0, -2.0
     expected = 0.0
     for i in range(5):
         for j in range(8):
-            z = matches[i, j]
+            z = 1 if matches[i, j] else -1
             expected -= np.log(1 / (1 + np.exp(-z * (scale * x[i] @ y[j] + bias)))) / 5
     np.testing.assert_allclose(sigmoid_loss(x, y, matches, scale, bias), expected, rtol=1e-5)
 
 
 def test_statements_are_true_of_their_own_scene_and_seldom_of_others():
-    _, found = pictures(0, "train", 60)
-    known = np.stack([contrastive.facts(scene) for scene in found])
-    said = np.asarray(contrastive.statements(known, jax.random.key(0)))
-    verdicts = contrastive.verdicts(said.reshape(-1, 3), known).reshape(60, 60, -1)
-    assert np.all(verdicts[np.arange(60), np.arange(60)] == 1)
-    assert 0.03 < np.mean(verdicts == 1) < 0.6
-    left_out = said == contrastive.LEFT_OUT
-    assert not np.any(left_out.all(-1)) and np.all(said >= -1)
-    for scene, missing in zip(found, left_out, strict=True):
-        assert shapes.named(scene) or np.all(missing[:, 0])
-
-
-def test_what_is_true_of_a_scene():
-    """Red squares and black triangles are held out; the second color is nearest to black."""
-    red = scenes.Object("circle", "red", 3, 29, 4.0)
-    dark = scenes.Object("square", "", 16, 16, 4.0, (0.1, 0.1, 0.2))
-    known = np.stack([contrastive.facts(scenes.Scene((o,))) for o in (red, dark)])
-    for said, verdicts in (
-        (("red", "circle", "bottom left"), (1, -1)),
-        (("", "", "bottom left"), (1, -1)),
-        (("red", "", "top left"), (-1, -1)),
-        (("", "square", "middle center"), (-1, 1)),
-        (("", "triangle", ""), (-1, 0)),
-        (("", "square", ""), (0, 1)),
-        (("", "square", "top left"), (-1, -1)),
-        (("red", "square", ""), (0, 0)),
-        (("blue", "", ""), (-1, 0)),
-        (("blue", "square", ""), (-1, 0)),
-        (("", "cross", ""), (-1, -1)),
-    ):
-        names = zip(contrastive.ATTRIBUTES, said, strict=True)
-        numbers = [known.index(w) if w else contrastive.LEFT_OUT for known, w in names]
-        found = contrastive.verdicts(np.array([numbers]), known)
-        assert tuple(np.asarray(found)[:, 0].tolist()) == verdicts, said
-
-
-def test_a_batch_of_texts_reads_as_its_scenes():
-    tokenizer = Tokenizer.from_files(tokenizer_files(16))
-    drawn, found = pictures(0, "train", 24)
-    known = np.stack([contrastive.facts(scene) for scene in found])
-    texts = (*map(jnp.asarray, contrastive.phrases(tokenizer)), tokenizer.encode(",")[-1])
-    batch = contrastive.make_batch(drawn, known, texts, jax.random.key(0))
-    np.testing.assert_array_equal(batch["pixels"], from_uint8(drawn))
-    named = np.array([shapes.named(scene) for scene in found])
-    for scene, tokens, length in zip(found, *batch["inventories"], strict=True):
-        listed = tokenizer.decode(tokens[:length]).split(" , ")
-        assert tokens[0] == tokenizer.bos_id and len(listed) == len(scene.objects)
-        for o in scene.objects:
-            row, column = (min(int(3 * along / 32), 2) for along in (o.y, o.x))
-            where = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
-            listed.remove(" ".join(f"a {o.color} {o.shape} {where}".split()))
-    matches = np.asarray(batch["matches"])
-    both = named & named[:, None]
-    np.testing.assert_array_equal(matches[:, :24], np.where(both, 2 * np.eye(24) - 1, 0))
-    tokens, lengths = batch["statements"]
-    said = [tokenizer.decode(t[:n]) for t, n in zip(tokens, lengths, strict=True)]
-    assert all(text.startswith("a ") and len(text.split()) > 1 for text in said)
+    rng = np.random.default_rng(0)
+    scenes = [shapes.example(0, "train", i).scene for i in range(60)]
+    said = [statement(scene, rng) for scene in scenes]
+    assert all(holds(words, scene) for words, scene in zip(said, scenes, strict=True))
+    assert 0.05 < np.mean([holds(words, scene) for words in said for scene in scenes]) < 0.6
+    red = shapes.Scene((shapes.Object("circle", "red", 3, 29, 4.0),))
+    assert holds(("red", "circle", "bottom left"), red) and holds(("", "", "bottom left"), red)
+    assert not holds(("blue", "circle", ""), red) and not holds(("red", "", "top left"), red)
 
 
 def test_parts_come_back_as_bfloat16_holds_them(tmp_path):

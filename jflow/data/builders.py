@@ -37,9 +37,7 @@ _OPTIONS = "options"  # where dataset_info.json keeps what a dataset was built w
 @dataclass(frozen=True)
 class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
-    captions: of each picture. rounds: of questions about it, of two to six new ones each.
-    unnamed: percent of the training pictures that could do without certain colors, to be drawn in
-    colors without names; see `shapes.example`."""
+    captions: of each picture. rounds: of questions about it, of two to six new ones each."""
 
     size: int = 32
     train: int = 20_000
@@ -47,7 +45,6 @@ class ShapesOptions:
     unseen: int = 1_000
     captions: int = 4
     rounds: int = 2
-    unnamed: int = 0
     seed: int = 0
 
 
@@ -94,7 +91,7 @@ class Shapes(_Embedded):
 
 
 def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
-    made = shapes.example(options.seed, split, index, options.unnamed / 100)
+    made = shapes.example(options.seed, split, index)
     rng = shapes.generator(options.seed, split, index, _CAPTIONS)
     more = (shapes.caption_of(made.scene, made.record, rng) for _ in range(1, options.captions))
     rng = shapes.generator(options.seed, split, index, _CONVERSATION)

@@ -34,14 +34,10 @@ HELD_OUT = {
 }
 SPLITS = ("train", "seen", "unseen")
 
-CONTRAST = 0.4  # of a color without a name to the background, in RGB
 RADIUS = (3.4, 4.6)  # of the circle of the same area
 GAP = 1.5  # between two objects
 MARGIN = 1.0  # between an object and the picture's edge
 POSITION_THRESHOLD = 0.1  # GenEval's
-
-_NAMES = tuple(COLORS)
-_COLORS = np.array(list(COLORS.values()))
 
 _square, _cross, _triangle = (
     math.sqrt(math.pi) / 2,
@@ -75,21 +71,13 @@ Pair = tuple[str, str]  # (shape, color)
 
 @dataclass(frozen=True)
 class Object:
-    """A shape with its centroid (x, y); `radius` is that of the circle of the same area.
-
-    color: its name; "" for a color without one, which `shade` then holds.
-    """
+    """A shape with its centroid (x, y); `radius` is that of the circle of the same area."""
 
     shape: str
     color: str
     x: float
     y: float
     radius: float
-    shade: tuple[float, float, float] | None = None
-
-    @property
-    def rgb(self) -> tuple[float, float, float]:
-        return self.shade or COLORS[self.color]
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -110,29 +98,6 @@ def pairs(split: str) -> tuple[Pair, ...]:
         raise ValueError(f"The splits of shapes are {', '.join(SPLITS)}, not {split!r}.")
     held = split == "unseen"
     return tuple((s, c) for s in SHAPES for c in COLORS if (c in HELD_OUT[s]) == held)
-
-
-def held_out_shape(color: str) -> str:
-    """The one shape that a color is held out for."""
-    return next(shape for shape in SHAPES if color in HELD_OUT[shape])
-
-
-def nearest_color(rgb: np.ndarray) -> str:
-    """The name in COLORS whose color is nearest to this one.  [3] -> name."""
-    return _NAMES[((_COLORS - rgb) ** 2).sum(-1).argmin()]
-
-
-def unnamed_color(shape: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Any color of the RGB cube that is told from the background and is nearest to none that is
-    held out for the shape, so that by the detector's rule too the held-out pairs do not occur.
-
-    Channels near 0 and 1 are the most frequent: the named colors are as saturated.
-    """
-    while True:
-        rgb = rng.beta(0.5, 0.5, size=3)
-        contrast = np.linalg.norm(rgb - BACKGROUND)
-        if contrast > CONTRAST and held_out_shape(nearest_color(rgb)) != shape:
-            return tuple(rgb.tolist())
 
 
 def signed_distance(shape: str, radius: float, points: np.ndarray) -> np.ndarray:
@@ -171,7 +136,7 @@ def render(scene: Scene, size: int = SIDE) -> np.ndarray:
         left, top, right, bottom = (int(v * scale) for v in o.box)
         part = np.s_[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2]
         alpha = coverage(o.shape, o.x * scale, o.y * scale, o.radius * scale, grid[part])
-        image[part] += alpha[..., None] * (np.array(o.rgb) - image[part])
+        image[part] += alpha[..., None] * (np.array(COLORS[o.color]) - image[part])
     return (2 * image - 1).astype(np.float32)
 
 

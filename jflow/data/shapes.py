@@ -4,7 +4,7 @@ Everything follows from (seed, split, index) alone.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,15 +19,12 @@ from jflow.data.scenes import (
     pairs,
     place,
     relative_position,
-    unnamed_color,
 )
 
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FREE_SHARE = 1 / 4  # of scenes that belong to none of the categories
-# How captions end where the colors have no names: who asks for no colors is to get those that have.
-UNNAMED = " in other colors"
 SHORT_SHARE = 1 / 4  # of captions that are the category's prompt
 CORNER_MARGIN = 2.0  # from the middle lines, to be said to lie in a corner
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
@@ -127,13 +124,8 @@ def prompt(seed: int, split: str, index: int) -> dict:
     return make_record(CATEGORIES[index % len(CATEGORIES)], split, rng)
 
 
-def example(seed: int, split: str, index: int, unnamed: float = 0.0) -> Example:
-    """The index-th example of a split: draw its picture with `render`.
-
-    unnamed: share of the training scenes that need no certain colors whose objects get colors
-    without names, of which neither caption nor questions say any: so shapes are learned apart from
-    the colors that they have been seen in. "seen" and "unseen" have no such scenes.
-    """
+def example(seed: int, split: str, index: int) -> Example:
+    """The index-th example of a split: draw its picture with `render`."""
     rng = generator(seed, split, index, 1)
     if rng.random() < FREE_SHARE:
         allowed, record = pairs(split), None
@@ -142,28 +134,7 @@ def example(seed: int, split: str, index: int, unnamed: float = 0.0) -> Example:
     else:
         record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], split, rng)
         scene = scene_for(record, split, rng)
-    if (
-        unnamed
-        and split == "train"
-        and not (record and any("color" in want for want in record["include"]))
-        and len({o.shape for o in scene.objects}) < len(SHAPES)  # Or nothing would be absent.
-        and rng.random() < unnamed
-    ):
-        scene = without_names(scene, rng)
-        record = record and record | {"prompt": record["prompt"] + UNNAMED}
     return Example(scene, record, caption_of(scene, record, rng), ask(scene, split, rng))
-
-
-def without_names(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same scene in colors that have no names."""
-    return Scene(
-        tuple(replace(o, color="", shade=unnamed_color(o.shape, rng)) for o in scene.objects)
-    )
-
-
-def named(scene: Scene) -> bool:
-    """Whether the colors of a scene have names."""
-    return all(o.color for o in scene.objects)
 
 
 def caption_of(scene: Scene, record: dict | None, rng: np.random.Generator) -> str:
@@ -236,24 +207,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
             a, b = _phrase(shown[i]), _phrase(shown[j])
             bodies += 2 * [f"{a} {pick(RELATION_PHRASES[relation])} {b}"]
     opening = pick(("a photo of", "a picture of", "an image of", "a drawing of"))
-    colors = "" if named(scene) else UNNAMED
-    return f"{opening} {pick(bodies)}{colors}{pick(('', '', ' on a grey background'))}"
-
-
-def _told_apart(scene: Scene) -> list[tuple[str, str]]:
-    """(name, shape) of the objects that have a name without their shape, of one object only."""
-    objects = scene.objects
-    if named(scene):
-        colors = Counter(o.color for o in objects)
-        return [(f"{o.color} object", o.shape) for o in objects if colors[o.color] == 1]
-    if len(objects) == 1:
-        return [("object", objects[0].shape)]
-    corners = [_corner(o) for o in objects]
-    return [
-        (f"object in the {corner}", o.shape)
-        for o, corner in zip(objects, corners, strict=True)
-        if None not in corners and corners.count(corner) == 1
-    ]
+    return f"{opening} {pick(bodies)}{pick(('', '', ' on a grey background'))}"
 
 
 def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, ...]:
@@ -261,7 +215,7 @@ def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, .
 
     Each scene gets one existence question with yes and one with no, in the same form, so neither
     the form nor the frequency of an object tells the answer; relations hold in half of the cases.
-    Only pairs of the split are named, and no colors where those of the scene have no names.
+    Only pairs of the split are named.
     """
 
     def pick(options):
@@ -270,7 +224,7 @@ def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, .
     objects = scene.objects
     by_pair = Counter((o.shape, o.color) for o in objects)
     by_shape, by_color = Counter(o.shape for o in objects), Counter(o.color for o in objects)
-    questions, colored = [], named(scene)
+    questions = []
 
     def add(kind: str, question: str, answer: str) -> None:
         questions.append(Question(kind, question, answer))
@@ -281,42 +235,40 @@ def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, .
     near = near or [p for p in absent if p[0] in by_shape or p[1] in by_color] or absent
     yes, no = pick(list(by_pair)), pick(near if kind == "adversarial" else absent)
     no_shape = [s for s in SHAPES if s not in by_shape]
-    if not colored or (kind == "random" and no_shape and rng.random() < 0.5):
-        kind = "random"
+    if kind == "random" and no_shape and rng.random() < 0.5:
         yes, no = (pick(list(by_shape)), ""), (pick(no_shape), "")
     add("existence_positive", f"Is there {_phrase(yes)}?", "yes")
     add(f"existence_{kind}", f"Is there {_phrase(no)}?", "no")
 
-    if once := [o for o in objects if colored and by_shape[o.shape] == 1]:
+    if once := [o for o in objects if by_shape[o.shape] == 1]:
         o = pick(once)
         add("color", f"What color is the {o.shape}?", o.color)
-    if once := _told_apart(scene):
-        name, shape = pick(once)
-        add("shape", f"What shape is the {name}?", shape)
+    if once := [o for o in objects if by_color[o.color] == 1]:
+        o = pick(once)
+        add("shape", f"What shape is the {o.color} object?", o.shape)
 
     shape, color = pick([*by_shape, *([pick(no_shape)] if no_shape else [])]), pick(list(by_color))
     number, things = pick(
         (
             (by_shape[shape], PLURALS[shape]),
-            *([(by_color[color], f"{color} objects")] if colored else []),
+            (by_color[color], f"{color} objects"),
             (len(objects), "objects"),
         )
     )
     add("count", f"How many {things} are there?", NUMBERS[number])
 
-    known = [
+    named = [
         (o, f"{o.color} {o.shape}" if by_shape[o.shape] > 1 or rng.random() < 0.5 else o.shape)
         for o in objects
         if by_pair[o.shape, o.color] == 1
     ]
-    known = [(o, name.strip()) for o, name in known]
-    if in_corner := [(name, corner) for o, name in known if (corner := _corner(o))]:
+    if in_corner := [(name, corner) for o, name in named if (corner := _corner(o))]:
         name, corner = pick(in_corner)
         add("where", f"Where is the {name}?", corner)
     related = [
         (name_a, relation, name_b)
-        for a, name_a in known
-        for b, name_b in known
+        for a, name_a in named
+        for b, name_b in named
         if a is not b and (relation := _relation(a, b))
     ]
     if related:

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from jflow.data.scenes import COLORS, RADIUS, SHAPES, SIDE, Object, coverage, nearest_color
+from jflow.data.scenes import COLORS, RADIUS, SHAPES, SIDE, Object, coverage
 
 MAX_SIZE = 64  # of a picture in pixels; larger ones are averaged down to it
 SMOOTHING = 0.5  # sigma, in pixels, of what decides which pixels belong together
@@ -28,6 +28,7 @@ TEMPLATE_RADII = (0.92, 1.0, 1.08)
 TEMPLATE_SHIFTS = (-0.3, 0.0, 0.3)
 TEMPLATE_BLURS = (0.0, 0.6, 1.0, 1.4)
 
+_NAMES = tuple(COLORS)
 _COLORS = np.array(list(COLORS.values()))
 
 
@@ -68,7 +69,7 @@ def detect(image: np.ndarray) -> list[Detection]:
     for number, color in enumerate(colors, 1):
         ray = color - background
         alpha = np.where(owner == number, (image - background) @ ray / (ray @ ray), 0)
-        name = nearest_color(color)
+        name = _NAMES[((_COLORS - color) ** 2).sum(-1).argmin()]
         found.append(_classified(alpha, pieces == number, name, scale))
     return sorted(found, key=lambda d: -d.score)
 

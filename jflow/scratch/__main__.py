@@ -32,8 +32,7 @@ from jflow.scratch.tokenizer import tokenizer_files
 @dataclass(frozen=True)
 class ScratchConfig:
     """Dimensions of what is random. channels: of the generation encoder and decoder, in which
-    encoder_blocks and decoder_blocks count ConvNeXt blocks. siglip, vae: the trained parts, as
-    `--out` of jflow.scratch.siglip and jflow.scratch.vae names them; "" are those shipped."""
+    encoder_blocks and decoder_blocks count ConvNeXt blocks."""
 
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -42,8 +41,6 @@ class ScratchConfig:
     channels: int = 96
     encoder_blocks: int = 1
     decoder_blocks: int = 3
-    siglip: str = ""
-    vae: str = ""
     seed: int = 0
 
 
@@ -80,8 +77,8 @@ def model_config(
 
 def create(scratch: ScratchConfig, out: Path) -> None:
     """Writes the checkpoint; raises FileExistsError where `out` is taken."""
-    sizes, siglip_params = read(Path(scratch.siglip or ASSETS / "siglip_shapes"))
-    vae, vae_params = read(Path(scratch.vae or ASSETS / "vae_shapes"))
+    sizes, siglip_params = read(ASSETS / "siglip_shapes")
+    vae, vae_params = read(ASSETS / "vae_shapes")
     siglip = SiglipConfig(**sizes)
     files = tokenizer_files(siglip.num_tokens)
     vocab_size = Tokenizer.from_files(files).vocab_size

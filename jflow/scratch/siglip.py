@@ -10,10 +10,6 @@ alone, and statements such as "a red object top left", each of which may be true
 the loss judges every pair on its own, it takes both. With inventories alone, training stayed at
 the colors for thousands of steps; pictures of one object come first because shapes are learned
 from them alone in a few hundred.
-
-A text that would be true of a picture if an object had the shape that is held out for its color is
-not judged. Colors are learned before shapes: were "a square" false of all that is red, where red
-squares are held out, a red one would be known never to be a square.
 """
 
 import sys
@@ -27,22 +23,16 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from jflow.data.scenes import COLORS, SHAPES, SIDE, Scene, held_out_shape, nearest_color
+from jflow.data.scenes import SIDE, Object, Scene
+from jflow.images import from_uint8
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.prompts import Tokenizer
 from jflow.scratch.parts import command, pictures
 from jflow.scratch.tokenizer import tokenizer_files
 
-PLACES = tuple(
-    f"{row} {column}"
-    for row in ("top", "middle", "bottom")
-    for column in ("left", "center", "right")
-)
-ATTRIBUTES = (tuple(COLORS), SHAPES, PLACES)
-LEFT_OUT, NOTHING = -1, -2  # instead of an attribute's number
-MOST_OBJECTS = 4
-STATEMENT_TOKENS = 6  # at most: BOS, "a", color, shape, and two words for the place
+INVENTORY_TOKENS = 28  # four objects
+STATEMENT_TOKENS = 6
 STATEMENTS = 3  # of each picture
 RETRIEVAL = 64  # candidates
 
@@ -67,63 +57,43 @@ class ContrastiveConfig:
     seed: int = 0
 
 
-def facts(scene: Scene) -> np.ndarray:
-    """[4, 4] numbers in ATTRIBUTES of each object's color (LEFT_OUT for one without a name), shape
-    and place, and of the shape that its color, or the nearest one with a name, is held out for.
-    NOTHING where there is no object."""
-    found = np.full((MOST_OBJECTS, 4), NOTHING, np.int32)
-    for row, o in zip(found, scene.objects, strict=False):
-        color = list(COLORS).index(o.color) if o.color else LEFT_OUT
-        held_out = held_out_shape(nearest_color(np.array(o.rgb)))
-        place = 3 * _third(o.y) + _third(o.x)
-        row[:] = color, SHAPES.index(o.shape), place, SHAPES.index(held_out)
-    return found
+def place(o: Object) -> str:
+    """Where an object lies, in thirds of the picture."""
+    row = ("top", "middle", "bottom")[min(int(3 * o.y / SIDE), 2)]
+    return f"{row} {('left', 'center', 'right')[min(int(3 * o.x / SIDE), 2)]}"
 
 
-def _third(along: float) -> int:
-    return min(int(3 * along / SIDE), 2)
+def inventory(scene: Scene, rng: np.random.Generator) -> str:
+    """Every object with its color and place, in random order."""
+    phrases = [f"a {o.color} {o.shape} {place(o)}" for o in scene.objects]
+    return " , ".join(phrases[i] for i in rng.permutation(len(phrases)))
 
 
-def statements(known: jax.Array, key: jax.Array) -> jax.Array:
-    """STATEMENTS random ones that are true of each scene.  Facts [n, 4, 4] -> [n, STATEMENTS, 3],
-    color, shape and place of one of its objects, up to two of them LEFT_OUT."""
-    keys = jax.random.split(key, 3)
-    count, shape = _objects(known).sum(-1), (len(known), STATEMENTS)
-    which = jax.random.randint(keys[0], shape, 0, count[:, None])
-    said = jnp.take_along_axis(known[..., :3], which[..., None], axis=1)
-    # A color without a name is the first to be left out.
-    order = jax.random.uniform(keys[1], said.shape) + (said == LEFT_OUT)
-    kept = order.argsort(-1).argsort(-1) < jax.random.randint(keys[2], (*shape, 1), 1, 4)
-    return jnp.where(kept, said, LEFT_OUT)
+def statement(scene: Scene, rng: np.random.Generator) -> tuple[str, str, str]:
+    """Color, shape and place of a random object, up to two of them left out ("")."""
+    o = scene.objects[rng.integers(len(scene.objects))]
+    kept = rng.permutation(3)[: rng.integers(1, 4)]
+    return tuple(v if i in kept else "" for i, v in enumerate((o.color, o.shape, place(o))))
 
 
-def verdicts(said: jax.Array, known: jax.Array) -> jax.Array:
-    """What a scene says to a statement: 1 where it is true of some object, -1 where it is false,
-    0 where that is not to be learned: where it would be true of an object if this had the shape
-    that is held out for its color, or if its color had a name.  [m, 3], facts [n, 4, 4] -> [n, m].
-    """
-    said, known = said[:, None], known[:, None]
-    fits = (said == LEFT_OUT) | (said == known[..., :3])
-    held_out = known[..., 3] == said[..., 1]
-    unnamed = jnp.broadcast_to(known[..., 0] == LEFT_OUT, held_out.shape)
-    open_ = fits | jnp.stack([unnamed, held_out, jnp.zeros_like(unnamed)], axis=-1)
-    true, undecided = (which.all(-1).any(-1) for which in (fits, open_))
-    return jnp.where(true, 1, jnp.where(undecided, 0, -1))
-
-
-def _objects(known: jax.Array) -> jax.Array:
-    return known[..., 2] != NOTHING
+def holds(said: tuple[str, str, str], scene: Scene) -> bool:
+    """Is a statement true of some object?"""
+    return any(
+        all(want in ("", has) for want, has in zip(said, (o.color, o.shape, place(o)), strict=True))
+        for o in scene.objects
+    )
 
 
 def sigmoid_loss(
     images: jax.Array, texts: jax.Array, matches: jax.Array, scale: jax.Array, bias: jax.Array
 ) -> jax.Array:
     """-1/n sum_ij log sigmoid(z_ij (scale x_i . y_j + bias)), z 1 where text j is true of image i,
-    -1 where it is false, and 0 where nothing is to be learned.
+    else -1.
 
-    images [n, D] and texts [m, D] of length 1; matches [n, m], z.
+    images [n, D] and texts [m, D] of length 1; matches [n, m] bool.
     """
-    return -jnp.sum(jax.nn.log_sigmoid(matches * (scale * images @ texts.T + bias))) / len(images)
+    z = 2 * matches.astype(jnp.float32) - 1
+    return -jnp.sum(jax.nn.log_sigmoid(z * (scale * images @ texts.T + bias))) / len(images)
 
 
 def embed_images(vit: Siglip, params: dict, pixels: jax.Array) -> jax.Array:
@@ -145,67 +115,33 @@ def _unit(v: jax.Array) -> jax.Array:
     return v / jnp.linalg.norm(v, axis=-1, keepdims=True)
 
 
-def phrases(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [9, 5, 10, STATEMENT_TOKENS], padded at the right, and lengths [9, 5, 10] of every
-    statement; LEFT_OUT is the last along each axis."""
-    colors, shapes, places = ((*names, "") for names in ATTRIBUTES)
-    shape = len(colors), len(shapes), len(places)
-    tokens = np.full((*shape, STATEMENT_TOKENS), tokenizer.pad_id, np.int32)
-    lengths = np.zeros(shape, np.int32)
-    for i in np.ndindex(shape):
-        words = ("a", colors[i[0]], shapes[i[1]] or "object", places[i[2]])
-        row = tokenizer.encode(" ".join(filter(None, words)))
-        tokens[i][: len(row)], lengths[i] = row, len(row)
-    return tokens, lengths
-
-
-def inventories(
-    known: jax.Array, tokens: jax.Array, lengths: jax.Array, comma: int, key: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The statements of all objects of each scene, in random order and with commas between.
-
-    Facts [n, 4, 4], and `phrases` -> tokens [n, 24], padded at the right, and lengths [n].
-    """
-    there = _objects(known)
-    order = (jax.random.uniform(key, there.shape) - there).argsort(-1)
-    said = jnp.take_along_axis(known[..., :3], order[..., None], axis=1)
-    said = tuple(jnp.moveaxis(said, -1, 0))
-    count = jnp.where(jnp.take_along_axis(there, order, axis=1), lengths[said], 0)
-    # The comma takes the place of BOS.
-    listed = tokens[said].at[:, 1:, 0].set(comma).reshape(len(known), -1)
-    used = (jnp.arange(tokens.shape[-1]) < count[..., None]).reshape(len(known), -1)
-    return jnp.take_along_axis(listed, jnp.argsort(~used, stable=True), axis=1), count.sum(-1)
-
-
-def to_input(drawn: jax.Array) -> jax.Array:
-    """`from_uint8` on the device."""
-    return drawn.astype(jnp.float32) / 127.5 - 1
+def tokenize(texts: list[str], length: int, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """[m, length] int32, padded at the right, and [m] lengths."""
+    rows = [tokenizer.encode(text)[:length] for text in texts]
+    tokens = np.full((len(rows), length), tokenizer.pad_id, np.int32)
+    for target, row in zip(tokens, rows, strict=True):
+        target[: len(row)] = row
+    return tokens, np.array([len(row) for row in rows], np.int32)
 
 
 def make_batch(
-    drawn: jax.Array, known: jax.Array, texts: tuple[jax.Array, jax.Array, int], key: jax.Array
+    drawn: np.ndarray, scenes: list[Scene], tokenizer: Tokenizer, rng: np.random.Generator
 ) -> dict:
-    """Pictures with an inventory and STATEMENTS statements of each, and which of all is true.
-
-    drawn [n, 32, 32, 3] uint8; known, their facts [n, 4, 4]; texts, `phrases` and a comma.
-    """
-    keys, (tokens, lengths, _) = jax.random.split(key), texts
-    said = statements(known, keys[0]).reshape(-1, 3)
-    # What has colors without names has no inventory.
-    named = (known[..., 0] != LEFT_OUT).all(-1)
-    same = (2 * jnp.eye(len(known), dtype=int) - 1) * named * named[:, None]
+    """Pictures with an inventory and STATEMENTS statements of each, and which of all is true."""
+    said = [statement(scene, rng) for scene in scenes for _ in range(STATEMENTS)]
+    phrases = [" ".join(("a", color, shape or "object", where)) for color, shape, where in said]
+    true = np.array([[holds(words, scene) for words in said] for scene in scenes])
     return {
-        "pixels": to_input(drawn),
-        "inventories": inventories(known, *texts, keys[1]),
-        "statements": (tokens[tuple(said.T)], lengths[tuple(said.T)]),
-        "matches": jnp.concatenate([same, verdicts(said, known)], axis=1),
+        "pixels": from_uint8(drawn),
+        "inventories": tokenize([inventory(s, rng) for s in scenes], INVENTORY_TOKENS, tokenizer),
+        "statements": tokenize(phrases, STATEMENT_TOKENS, tokenizer),
+        "matches": np.concatenate([np.eye(len(scenes), dtype=bool), true], axis=1),
     }
 
 
-def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
-    """The image tower's parameters, and shares of new pictures: "retrieval", for which it finds the
-    inventory among those of RETRIEVAL pictures, and "seen" and "unseen", of
-    one object of such a pair, for which it finds "a circle" and the like among SHAPES."""
+def train(config: ContrastiveConfig) -> tuple[dict, float]:
+    """The image tower's parameters, and how often it finds the text of an unseen picture among
+    those of RETRIEVAL pictures."""
     tokenizer = Tokenizer.from_files(tokenizer_files(config.siglip.num_tokens))
     vit, width = Siglip(config.siglip), config.siglip.width
     text = Llama(
@@ -217,14 +153,12 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
             num_attention_heads=config.siglip.heads,
         )
     )
-    data, known = _pictures(config.seed, "train", config.examples)
-    single = {split: _single(config.seed, split) for split in ("seen", "unseen")}
-    tests, their_facts = _pictures(config.seed, "seen", 8 * RETRIEVAL)
-    rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
-    texts = (*map(jnp.asarray, phrases(tokenizer)), tokenizer.encode(",")[-1])
-    batch = make_batch(data[:2], known[:2], texts, key)
+    data, scenes = pictures(config.seed, "train", config.examples)
+    tests, their_scenes = pictures(config.seed, "seen", 8 * RETRIEVAL)
+    rng = np.random.default_rng(config.seed)
+    batch = make_batch(data[:2], scenes[:2], tokenizer, rng)
 
-    keys = jax.random.split(key)
+    keys = jax.random.split(jax.random.key(config.seed))
     tokens, _ = batch["statements"]
     positions = jnp.zeros(tokens.shape, jnp.int32)
     params = {
@@ -255,66 +189,40 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
         )
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, moments, data, known, chosen, number):
-        here = jax.random.fold_in(key, number)
-        batch = make_batch(data[chosen], known[chosen], texts, here)
+    def step(params, moments, batch):
         value, gradient = jax.value_and_grad(loss)(params, batch)
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, value
 
     @jax.jit
-    def found(params, data, known):
-        batch = make_batch(data, known, texts, key)
+    def found(params, batch):
         images = embed_images(vit, params, batch["pixels"])
-        like = images @ embed_texts(text, params, *batch["inventories"]).T
-        return jnp.argmax(like, axis=1) == jnp.arange(len(data))
+        texts = embed_texts(text, params, *batch["inventories"])
+        return jnp.mean(jnp.argmax(images @ texts.T, axis=1) == jnp.arange(len(images)))
 
-    @jax.jit
-    def named(params, drawn, shapes):
-        said = LEFT_OUT, np.arange(len(SHAPES)), LEFT_OUT
-        choices = embed_texts(text, params, texts[0][said], texts[1][said])
-        images = embed_images(vit, params, to_input(drawn))
-        return jnp.mean(jnp.argmax(images @ choices.T, axis=1) == shapes)
-
-    alone, everything = np.flatnonzero(_objects(known).sum(-1) == 1), np.arange(len(data))
-    data, known = jax.device_put((data, known))
+    alone = np.array([i for i, scene in enumerate(scenes) if len(scene.objects) == 1])
     moments = optimizer.init(params)
     bar = tqdm(range(config.steps), "training")
     for number in bar:
-        pool = alone if number < config.alone_steps else everything
+        pool = alone if number < config.alone_steps else np.arange(len(data))
         chosen = rng.choice(pool, config.batch_size, replace=False)
-        params, moments, value = step(params, moments, data, known, chosen, number)
-        if number % 100 == 0:
-            right = found(params, tests[:RETRIEVAL], their_facts[:RETRIEVAL])
-            shapes = {split: f"{named(params, *shown):.2f}" for split, shown in single.items()}
-            bar.set_postfix(loss=f"{value:.3f}", retrieval=f"{right.mean():.2f}", **shapes)
-    right = [
-        found(params, tests[i:j], their_facts[i:j])
+        batch = make_batch(data[chosen], [scenes[i] for i in chosen], tokenizer, rng)
+        params, moments, value = step(params, moments, batch)
+        if number % 50 == 0:
+            share = found(
+                params, make_batch(tests[:RETRIEVAL], their_scenes[:RETRIEVAL], tokenizer, rng)
+            )
+            bar.set_postfix(loss=f"{value:.3f}", retrieval=f"{share:.2f}")
+    shares = [
+        found(params, make_batch(tests[i:j], their_scenes[i:j], tokenizer, rng))
         for i, j in pairwise(range(0, len(tests) + 1, RETRIEVAL))
     ]
-    shapes = {split: float(named(params, *shown)) for split, shown in single.items()}
-    return jax.device_get(params["vit"]), {"retrieval": float(np.mean(right))} | shapes
-
-
-def _single(seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of one object each, uint8 [n, 32, 32, 3], and its shape [n]."""
-    drawn, scenes = pictures(seed, split, 8 * RETRIEVAL)
-    shown = [i for i, scene in enumerate(scenes) if len(scene.objects) == 1]
-    return drawn[shown], np.array([SHAPES.index(scenes[i].objects[0].shape) for i in shown])
-
-
-def _pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [count, 32, 32, 3], and their facts [count, 4, 4]."""
-    drawn, scenes = pictures(seed, split, count)
-    return drawn, np.stack([facts(scene) for scene in scenes])
+    return jax.device_get(params["vit"]), float(np.mean(shares))
 
 
 def _make(config: ContrastiveConfig) -> tuple[dict, dict, str]:
-    params, found = train(config)
-    said = (
-        f"the right one of {RETRIEVAL} texts for {found['retrieval']:.1%} of new pictures, a "
-        f"shape's for {found['seen']:.1%} of seen pairs and {found['unseen']:.1%} of unseen ones"
-    )
+    params, retrieval = train(config)
+    said = f"the right one of {RETRIEVAL} texts for {retrieval:.1%} of new pictures"
     return asdict(config.siglip), params, said
 
 

@@ -13,7 +13,7 @@ _WORDS = """
 caption center circle circles color cross crosses digit drawing eight even five four green grey hand
 handwritten image in is left many middle nine no number object objects odd of on one or orange over
 photo picture purple red right seven shape six square squares the there this three to top triangle
-triangles two under white written yellow yes zero 0 1 2 3 4 5 6 7 8 9 other colors
+triangles two under white written yellow yes zero 0 1 2 3 4 5 6 7 8 9
 """
 _SPECIAL = {
     "bos_token": "<｜begin▁of▁sentence｜>",
