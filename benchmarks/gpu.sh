@@ -49,7 +49,7 @@ part() {
     "$python" benchmarks/report.py "$parts" --out "$results/$name.json" >"$results/${name}_tables.md"
 }
 
-part step 280 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
+part step 240 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
 part sampling 190 "$python" benchmarks/sampling.py "${sampling[@]}" --json "$parts/sampling.json"
 export XLA_FLAGS="${XLA_FLAGS:-} $quick"
 part attention 60 "$python" -m pytest -q tests/test_attention.py -k gpu

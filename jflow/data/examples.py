@@ -63,8 +63,7 @@ class Example:
     tokens: [n] int32. targets: [n] int32, the token that position i must predict, -1 for none.
     positions: [n] int32, 0 to n - 1 but behind a dropped prompt. pixels: [k, S, S, 3] float32 in
     [-1, 1], for SigLIP, or the one crop to generate (none where the cache holds all that is made of
-    it).
-    slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
+    it). slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
     """
 
     tokens: np.ndarray

@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's LlamaForCausalLM, the layers stacked
 """
 
 from dataclasses import dataclass, fields
+from operator import itemgetter
 
 import flax.linen as nn
 import flax.struct
@@ -255,7 +256,7 @@ class Llama(nn.Module):
         else:
             new = []
             for i, layer in enumerate(self.layers):
-                past = cache and jax.tree.map(lambda a: a[i], cache)  # noqa: B023
+                past = jax.tree.map(itemgetter(i), cache)
                 carry, kv = layer(carry, i, past, *shared)
                 new.append(kv)
             k, v = (jnp.stack(values) for values in zip(*new, strict=True))
