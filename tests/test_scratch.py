@@ -1,20 +1,23 @@
 """The small model from nothing: its words, the parts that are shipped, and what they can do."""
 
+from operator import attrgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jflow.checkpoints import load_checkpoint
-from jflow.data import builders, shapes
+from jflow.data import builders, scenes, shapes
 from jflow.images import from_uint8
 from jflow.inference.pipeline import ImageOptions, Pipeline
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.prompts import Tokenizer, generation_tokens
+from jflow.scratch import siglip as contrastive
 from jflow.scratch.__main__ import main
 from jflow.scratch.parts import ASSETS, pictures, read, write
-from jflow.scratch.siglip import holds, inventory, sigmoid_loss, statement
+from jflow.scratch.siglip import sigmoid_loss
 from jflow.scratch.tokenizer import tokenizer_files
 
 
@@ -23,10 +26,10 @@ def texts():
         for i in range(400):
             example = shapes.example(0, split, i)
             yield example.caption
-            yield inventory(example.scene, np.random.default_rng(i))
             for question in example.questions:
                 yield question.question
                 yield question.answer
+    yield from (" ".join(names) for names in contrastive.ATTRIBUTES)
     rng = np.random.default_rng(0)
     for digit in range(10):
         yield from builders.digit_captions(digit)
@@ -51,25 +54,98 @@ def test_the_template_costs_a_token_a_phrase():
 def test_sigmoid_loss_is_that_of_the_paper():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(5, 7)), rng.normal(size=(8, 7))
-    matches = rng.random((5, 8)) < 0.3
+    matches = rng.integers(-1, 2, size=(5, 8))  # 0: nothing is to be learned
     scale, bias = 3.0, -2.0
     expected = 0.0
     for i in range(5):
         for j in range(8):
-            z = 1 if matches[i, j] else -1
+            z = matches[i, j]
             expected -= np.log(1 / (1 + np.exp(-z * (scale * x[i] @ y[j] + bias)))) / 5
     np.testing.assert_allclose(sigmoid_loss(x, y, matches, scale, bias), expected, rtol=1e-5)
 
 
 def test_statements_are_true_of_their_own_scene_and_seldom_of_others():
-    rng = np.random.default_rng(0)
-    scenes = [shapes.example(0, "train", i).scene for i in range(60)]
-    said = [statement(scene, rng) for scene in scenes]
-    assert all(holds(words, scene) for words, scene in zip(said, scenes, strict=True))
-    assert 0.05 < np.mean([holds(words, scene) for words in said for scene in scenes]) < 0.6
-    red = shapes.Scene((shapes.Object("circle", "red", 3, 29, 4.0),))
-    assert holds(("red", "circle", "bottom left"), red) and holds(("", "", "bottom left"), red)
-    assert not holds(("blue", "circle", ""), red) and not holds(("red", "", "top left"), red)
+    _, found = pictures(0, "train", 60)
+    known = np.stack([contrastive.facts(scene) for scene in found])
+    said = np.asarray(contrastive.statements(known, jax.random.key(0)))
+    verdicts = contrastive.verdicts(said.reshape(-1, 3), known).reshape(60, 60, -1)
+    assert np.all(verdicts[np.arange(60), np.arange(60)] == 1)
+    assert 0.03 < np.mean(verdicts == 1) < 0.6
+    assert np.all(said >= -1) and not np.any((said == contrastive.LEFT_OUT).all(-1))
+
+
+def test_what_is_true_of_a_scene():
+    """The second picture is shown in a color without a name."""
+    red = scenes.Object("circle", "red", 3, 29, 4.0)
+    other = scenes.Object("square", "blue", 16, 16, 4.0)
+    known = np.stack([contrastive.facts(scenes.Scene((o,))) for o in (red, other)])
+    known[1, 0, 0] = contrastive.LEFT_OUT
+    for said, verdicts in (
+        (("red", "circle", "bottom left"), (1, -1)),
+        (("", "", "bottom left"), (1, -1)),
+        (("red", "", "top left"), (-1, -1)),
+        (("", "square", "middle center"), (-1, 1)),
+        (("", "triangle", ""), (-1, -1)),
+        (("red", "square", ""), (-1, 0)),
+        (("blue", "", ""), (-1, 0)),
+        (("blue", "circle", ""), (-1, -1)),
+    ):
+        names = zip(contrastive.ATTRIBUTES, said, strict=True)
+        numbers = [words.index(w) if w else contrastive.LEFT_OUT for words, w in names]
+        found = contrastive.verdicts(np.array([numbers]), known)
+        assert tuple(np.asarray(found)[:, 0].tolist()) == verdicts, said
+
+
+def test_a_batch_of_texts_reads_as_its_scenes():
+    """Six of 24 pictures are shown in other colors."""
+    tokenizer = Tokenizer.from_files(tokenizer_files(16))
+    drawn, found = pictures(0, "train", 24)
+    known = np.stack([contrastive.facts(scene) for scene in found])
+    texts = (*map(jnp.asarray, contrastive.phrases(tokenizer)), tokenizer.encode(",")[-1])
+    batch = contrastive.make_batch(drawn, known, texts, jax.random.key(0), 6)
+    np.testing.assert_array_equal(batch["pixels"][6:], from_uint8(drawn[6:]))
+    assert np.all(np.max(np.abs(batch["pixels"][:6] - from_uint8(drawn[:6])), (1, 2, 3)) > 0.1)
+    for i, (scene, tokens, length) in enumerate(zip(found, *batch["inventories"], strict=True)):
+        listed = tokenizer.decode(tokens[:length]).split(" , ")
+        assert tokens[0] == tokenizer.bos_id and len(listed) == len(scene.objects)
+        for o in scene.objects:
+            row, column = (min(int(3 * along / 32), 2) for along in (o.y, o.x))
+            where = f"{('top', 'middle', 'bottom')[row]} {('left', 'center', 'right')[column]}"
+            listed.remove(" ".join(f"a {o.color if i >= 6 else ''} {o.shape} {where}".split()))
+    own = np.asarray(batch["matches"])[:, :24]
+    named = np.arange(24) >= 6
+    np.testing.assert_array_equal(own, (2 * np.eye(24) - 1) * named * named[:, None])
+    tokens, lengths = batch["statements"]
+    said = [tokenizer.decode(t[:n]) for t, n in zip(tokens, lengths, strict=True)]
+    assert all(text.startswith("a ") and len(text.split()) > 1 for text in said)
+    assert not any(color in text for text in said[:18] for color in scenes.COLORS)
+
+
+def test_other_colors_keep_background_and_shapes_and_never_come_near_held_out_ones():
+    drawn, found = pictures(1, "train", 200)
+    x = from_uint8(drawn)
+    known = np.stack([contrastive.facts(scene) for scene in found])
+    y = np.asarray(
+        jax.vmap(contrastive.recolor)(x, known, jax.random.split(jax.random.key(1), 200))
+    )
+    background = 2 * scenes.BACKGROUND - 1
+    empty = np.all(np.abs(x - background) < 0.01, axis=-1)
+    assert np.max(np.abs(y - background)[empty]) < 0.03
+    assert np.all(np.max(np.abs(y - background), axis=-1)[~empty & (np.ptp(x, -1) > 0.5)] > 0.05)
+    distances = []
+    for picture, scene in zip(y, found, strict=True):
+        for o in scene.objects:
+            shown = picture[int(o.y), int(o.x)]
+            for color in scenes.HELD_OUT[o.shape]:
+                distances.append(np.linalg.norm(shown - (2 * np.array(scenes.COLORS[color]) - 1)))
+    assert min(distances) > 1.5 * contrastive.NEAR  # 2 before what leaves the cube is clipped
+
+
+def test_turns_are_orthogonal_and_half_of_them_mirror():
+    turns = jax.vmap(contrastive.turn)(jax.random.split(jax.random.key(0), 200))
+    np.testing.assert_allclose(turns @ turns.mT, np.broadcast_to(np.eye(3), (200, 3, 3)), atol=1e-5)
+    assert 60 < np.sum(np.linalg.det(turns) < 0) < 140
+    assert np.max(np.abs(np.mean(turns, axis=0))) < 0.15  # none of the axes is preferred
 
 
 def test_parts_come_back_as_bfloat16_holds_them(tmp_path):
@@ -96,26 +172,37 @@ def test_shipped_vae_returns_new_pictures():
     assert abs(np.std(z) * vae.config.scaling_factor - 1) < 0.1
 
 
-def test_shipped_siglip_tells_colors_and_places_apart():
-    """A linear map of its features, fitted to half of the pictures, names the color of others."""
+def test_shipped_siglip_tells_colors_and_shapes_also_of_pairs_it_never_saw():
+    """A linear map of its features at an object's place, fitted to seen pairs."""
     sizes, params = read(ASSETS / "siglip_shapes")
     siglip = Siglip(SiglipConfig(**sizes))
-    drawn, scenes = pictures(3, "seen", 512)
-    features = jax.jit(lambda x: siglip.apply({"params": params}, x))(from_uint8(drawn))
     side = siglip.config.grid
-    rows, colors = [], []
-    for feature, scene in zip(np.asarray(features), scenes, strict=True):
-        for o in scene.objects:
-            place = int(o.y * side // 32) * side + int(o.x * side // 32)
-            rows.append(feature[place])
-            colors.append(o.color)
-    names = sorted(set(colors))
-    target = np.array([[c == n for n in names] for c in colors], float)
-    rows = np.c_[np.array(rows), np.ones(len(rows))]
+    encode = jax.jit(lambda x: siglip.apply({"params": params}, x))
+
+    def at_objects(split):
+        drawn, found = pictures(3, split, 1024)
+        features = np.asarray(encode(from_uint8(drawn)))
+        objects = [(i, o) for i, scene in enumerate(found) for o in scene.objects]
+        rows = np.stack(
+            [features[i, int(o.y * side // 32) * side + int(o.x * side // 32)] for i, o in objects]
+        )
+        return np.c_[rows, np.ones(len(rows))], [o for _, o in objects]
+
+    (rows, objects), (new_rows, new_objects) = at_objects("seen"), at_objects("unseen")
     half = len(rows) // 2
-    weights = np.linalg.lstsq(rows[:half], target[:half], rcond=1e-3)[0]
-    right = np.argmax(rows[half:] @ weights, 1) == np.argmax(target[half:], 1)
-    assert right.mean() > 0.9  # chance: 0.125
+    for names, name, least in (
+        (list(scenes.COLORS), attrgetter("color"), (0.95, 0.9)),
+        (list(scenes.SHAPES), attrgetter("shape"), (0.9, 0.8)),
+    ):
+        target = np.eye(len(names))[[names.index(name(o)) for o in objects[:half]]]
+        weights = np.linalg.lstsq(rows[:half], target, rcond=1e-3)[0]
+
+        def share(rows, objects, names=names, name=name, weights=weights):
+            best = np.argmax(rows @ weights, axis=1)
+            return np.mean([names[i] == name(o) for i, o in zip(best, objects, strict=True)])
+
+        found = share(rows[half:], objects[half:]), share(new_rows, new_objects)
+        assert found[0] > least[0] and found[1] > least[1], (names[0], found)
 
 
 def test_a_scratch_checkpoint_draws_and_is_small(tmp_path, capsys):

@@ -253,8 +253,10 @@ def runs(segment_ids: jax.Array, segments: int) -> tuple[jax.Array, jax.Array]:
 
 def _cudnn_packed(q, k, v, segment_ids, segments: int) -> jax.Array:
     """cuDNN's flash attention over each run of a row alone; tokens of a prefix ask nothing."""
-    before = k.shape[1] - q.shape[1]
+    length, before = k.shape[1], k.shape[1] - q.shape[1]
     q = jnp.pad(q, ((0, 0), (before, 0), (0, 0), (0, 0)))
+    # JAX has no derivative for odd lengths. What is behind the last run is not computed.
+    q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
     starts, lengths = runs(segment_ids, segments)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
     out = fused.dot_product_attention(
@@ -262,7 +264,7 @@ def _cudnn_packed(q, k, v, segment_ids, segments: int) -> jax.Array:
         q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
         scale=q.shape[3] ** -0.5, mask_type=fused.MaskType.PADDING_CAUSAL,
     )  # fmt: skip
-    return out[:, before:]
+    return out[:, before:length]
 
 
 def _padded(q, k, v, segment_ids, multiple: int) -> tuple:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from jflow.config import override
 from jflow.data import shapes
-from jflow.data.scenes import SIDE, Scene, render
+from jflow.data.scenes import Scene, render
+from jflow.data.workers import in_processes
 from jflow.images import to_uint8
 
 ASSETS = Path(__file__).parent / "assets"
@@ -25,11 +26,14 @@ ASSETS = Path(__file__).parent / "assets"
 
 def pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, list[Scene]]:
     """Of the shapes world: uint8 [count, 32, 32, 3], and what is in them."""
-    scenes = [shapes.example(seed, split, i).scene for i in tqdm(range(count), f"drawing {split}")]
-    drawn = np.zeros((count, SIDE, SIDE, 3), np.uint8)
-    for picture, scene in zip(drawn, scenes, strict=True):
-        picture[:] = to_uint8(render(scene))
-    return drawn, scenes
+    made = in_processes(partial(_picture, seed, split), range(count))
+    drawn, scenes = zip(*tqdm(made, f"drawing {split}", count), strict=True)
+    return np.stack(drawn), list(scenes)
+
+
+def _picture(seed: int, split: str, index: int) -> tuple[np.ndarray, Scene]:
+    scene = shapes.example(seed, split, index).scene
+    return to_uint8(render(scene)), scene
 
 
 def write(path: Path, config: dict, params: dict) -> None:
