@@ -111,7 +111,7 @@ def test_nucleus_equals_transformers(temperature, top_p):
 def test_temperature_zero_is_greedy():
     logits = np.random.default_rng(1).standard_normal((5, 9)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 5)
-    tokens = choose_token(logits, keys, jnp.float32(0), jnp.float32(0.1))
+    tokens = choose_token(logits, keys, None, jnp.float32(0.1))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 
