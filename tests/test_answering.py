@@ -46,9 +46,16 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, options):
     assert together == alone
 
 
-def test_layers_apart_answer_the_same(tiny, unrolled):
+def test_layers_apart_answer_the_same(tiny, unrolled, tiny_ckpt, monkeypatch):
+    """Also with the parameters as a GPU holds them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        by_rows = Pipeline.from_checkpoint(tiny_ckpt, scan_layers=False)
+    assert set(by_rows.params["janusflow"]["language_model"]["lm_head"]) == {"rows"}
     questions = [ask("What is this?", CAT)]
-    assert final(tiny.answer(questions, BRIEF)) == final(unrolled.answer(questions, BRIEF))
+    want = final(tiny.answer(questions, BRIEF))
+    for pipeline in (unrolled, by_rows):
+        assert final(pipeline.answer(questions, BRIEF)) == want
 
 
 def test_images_and_their_order_matter(tiny):

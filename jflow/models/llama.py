@@ -171,8 +171,9 @@ class Llama(nn.Module):
     """Decoder-only transformer over embeddings; `embed` and `logits` are its two ends.
 
     scan_layers: one compiled block scanned over stacked weights, or (False, with parameters from
-      `unstack_layers`) each layer on its own. Scanning compiles fast, but slices each layer's
-      weights out of the stack: nothing beside 577 tokens, 2.5 times the time of a step of one.
+      `unstack_layers`, for a GPU also `layers.by_rows`) each layer on its own. Scanning compiles
+      fast, but slices each layer's weights out of the stack: nothing beside 577 tokens, 2.5 times
+      the time of a step of one.
     unroll: so many blocks a trip of the scan; more compile longer and need fewer copies in and out
       of the stack, and fewer meetings of the devices for gradients.
     remat: what each block computes again in the backward pass, see `layers.remat`.
