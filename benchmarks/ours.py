@@ -17,7 +17,7 @@ from jflow.inference.image import decode_latents, sample_latents
 from jflow.inference.pipeline import DECODE_CHUNK, PROMPT_BUCKET, VAE_BATCH, pad_rows
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, abstract_params
-from jflow.models.layers import Precision
+from jflow.models.layers import Precision, by_rows
 from jflow.models.llama import unstack_layers
 from jflow.models.vae import AutoencoderKL, VAEConfig
 
@@ -43,6 +43,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
     unstacked = params | {"language_model": unstack_layers(dict(params["language_model"]))}
     drawing = JanusFlow(config, precision, segments=2)
     if jax.default_backend() == "gpu":
+        by_rows(unstacked["language_model"])
         drawing, params = answering, unstacked
     grid = flow.time_grid(workload.steps)
     vae = AutoencoderKL(VAEConfig(), dtype=dtype, param_dtype=dtype)
@@ -68,7 +69,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
         began = time.perf_counter()
         while len(written) * DECODE_CHUNK < workload.new_tokens:
             state, new = decode(
-                answering, unstacked, state, keys, np.float32(0), np.float32(1), np.int32(-1),
+                answering, unstacked, state, keys, None, np.float32(1), np.int32(-1),
                 DECODE_CHUNK,
             )  # fmt: skip
             written.append(np.asarray(new))

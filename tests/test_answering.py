@@ -46,9 +46,16 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, options):
     assert together == alone
 
 
-def test_layers_apart_answer_the_same(tiny, unrolled):
+def test_layers_apart_answer_the_same(tiny, unrolled, tiny_ckpt, monkeypatch):
+    """Also with the parameters as a GPU holds them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        by_rows = Pipeline.from_checkpoint(tiny_ckpt, scan_layers=False)
+    assert set(by_rows.params["janusflow"]["language_model"]["lm_head"]) == {"rows"}
     questions = [ask("What is this?", CAT)]
-    assert final(tiny.answer(questions, BRIEF)) == final(unrolled.answer(questions, BRIEF))
+    want = final(tiny.answer(questions, BRIEF))
+    for pipeline in (unrolled, by_rows):
+        assert final(pipeline.answer(questions, BRIEF)) == want
 
 
 def test_images_and_their_order_matter(tiny):
@@ -111,7 +118,7 @@ def test_nucleus_equals_transformers(temperature, top_p):
 def test_temperature_zero_is_greedy():
     logits = np.random.default_rng(1).standard_normal((5, 9)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 5)
-    tokens = choose_token(logits, keys, jnp.float32(0), jnp.float32(0.1))
+    tokens = choose_token(logits, keys, None, jnp.float32(0.1))
     np.testing.assert_array_equal(tokens, logits.argmax(-1))
 
 

@@ -116,7 +116,7 @@ def test_greedy_tokens(tiny):
     for i in range(want.shape[1]):
         close(state.logits, UND["generated_logits"][:, i])
         state, new = decode(
-            tiny.model, params, state, keys, np.float32(0), np.float32(1),
+            tiny.model, params, state, keys, None, np.float32(1),
             np.int32(tiny.tokenizer.eos_id), 1,
         )  # fmt: skip
         got.append(new[:, 0])

@@ -8,7 +8,7 @@ import torch
 import transformers
 from einops import rearrange
 
-from jflow.models.layers import KVCache
+from jflow.models.layers import KVCache, by_rows
 from jflow.models.llama import Llama, LlamaConfig, unstack_layers
 
 
@@ -99,28 +99,47 @@ def test_equals_transformers(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_cache_and_layers_apart_equal_the_full_forward(seed):
-    """Prefill, then the rest behind the cache, padded slots between; scanned, unrolled, apart."""
+    """Prefill, then one by one behind the cache; scanned, unrolled, apart, by rows as on a GPU."""
     _, model, variables, tokens = setup(seed)
     x = model.apply(variables, tokens, method="embed")
     positions, ones = positions_like(tokens), np.ones_like(tokens)
     want = model.apply(variables, x, positions, ones).hidden
     apart = Llama(model.config, scan_layers=False)
     apart_variables = {"params": unstack_layers(dict(variables["params"]))}
+    rows_variables = by_rows(jax.tree.map(jnp.asarray, apart_variables))
     unrolled = Llama(model.config, unroll=2)
-    for m, v in ((model, variables), (apart, apart_variables), (unrolled, variables)):
-        head = m.apply(v, x[:, :5], positions[:, :5], ones[:, :5])
-        cache = KVCache.of(head.k, head.v, ones[:, :5], reserve=3)
-        # What is in an empty slot does not matter.
-        cache = cache.replace(k=cache.k.at[..., 5:].set(9.0), v=cache.v.at[..., 5:, :].set(9.0))
-        tail = m.apply(v, x[:, 5:], positions[:, 5:], ones[:, 5:], cache)
-        got = jnp.concatenate([head.hidden, tail.hidden], axis=1)
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-        # The same again, the cache written in two parts.
-        first = KVCache.of(head.k[:, :, :2], head.v[:, :, :2], ones[:, :2], reserve=6)
-        written = first.write(head.k[:, :, 2:], head.v[:, :, 2:], ones[:, 2:5], 2)
-        np.testing.assert_array_equal(written.segment_ids, [[1] * 5 + [0] * 3] * 2)
-        again = m.apply(v, x[:, 5:], positions[:, 5:], ones[:, 5:], written)
-        np.testing.assert_allclose(again.hidden, tail.hidden, rtol=0, atol=1e-6)
+    for m, v in (
+        (model, variables), (apart, apart_variables), (apart, rows_variables), (unrolled, variables)
+    ):  # fmt: skip
+        apply = jax.jit(m.apply)
+        for rows in (slice(2), slice(1)):  # of one row a token is a single vector
+            given = [a[rows] for a in (x, positions, ones)]
+            head = apply(v, *(a[:, :10] for a in given))
+            # Two padded slots between, and the cache written in two parts.
+            k, v_ = (jnp.pad(a, ((0, 0), (0, 0), (0, 2), (0, 0), (0, 0))) for a in (head.k, head.v))
+            ids = np.pad(given[2][:, :10], ((0, 0), (0, 2)))
+            cache = KVCache.of(k[:, :, :4], v_[:, :, :4], ids[:, :4], reserve=12)
+            # What is in an empty slot does not matter.
+            cache = cache.replace(k=cache.k.at[..., 4:].set(9.0), v=cache.v.at[..., 4:, :].set(9.0))
+            cache = cache.write(k[:, :, 4:], v_[:, :, 4:], ids[:, 4:])
+            got = [head.hidden]
+            for t in range(10, 13):
+                out = apply(v, *(a[:, t : t + 1] for a in given), cache)
+                cache = cache.write(out.k, out.v, given[2][:, t : t + 1])
+                got.append(out.hidden)
+            np.testing.assert_allclose(jnp.concatenate(got, 1), want[rows], rtol=0, atol=1e-5)
+            assert cache.slot == 15
+            np.testing.assert_array_equal(cache.segment_ids[0], [1] * 10 + [0] * 2 + [1] * 3 + [0])
+
+
+def test_logits_by_rows_are_the_same():
+    _, model, variables, tokens = setup(0)
+    hidden = model.apply(variables, tokens, method="embed")
+    want = model.apply(variables, hidden, method="logits")
+    turned = by_rows(jax.tree.map(jnp.asarray, variables["params"]))
+    for given in (hidden, hidden[0], hidden[0, 0]):
+        got = model.apply({"params": turned}, given, method="logits")
+        np.testing.assert_allclose(got, want[(0,) * (3 - given.ndim)], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", range(4))

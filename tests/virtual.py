@@ -27,6 +27,8 @@ from jflow.convert.__main__ import main as convert
 from jflow.inference import image, text
 from jflow.inference.pipeline import Pipeline
 from jflow.models.janusflow import JanusFlow
+from jflow.models.layers import by_rows
+from jflow.models.llama import unstack_layers
 from jflow.training import objectives, optimizer
 from jflow.training import state as states
 from jflow.training.objectives import Modules, ObjectiveConfig
@@ -184,8 +186,13 @@ def training(meshes: list[tuple[int, int, int]]) -> None:
         print(f"equal on {sizes}: gradients within {largest:.1e}", flush=True)
 
 
-def sample(mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Guided latents of 8 prompts, their pixels, and answers of 4 tokens about 8 images."""
+def sample(
+    mesh: jax.sharding.Mesh | None, apart: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Guided latents of 8 prompts, their pixels, and answers of 4 tokens about 8 images.
+
+    apart: layers apart and by rows, as a GPU has them.
+    """
     parts, given, rng = networks(), parameters(), np.random.default_rng(0)
     tokens = rng.integers(1, VOCAB, (8, 6)).astype(np.int32)
     lengths = rng.integers(2, 7, 8).astype(np.int32)
@@ -201,14 +208,16 @@ def sample(mesh: jax.sharding.Mesh | None) -> tuple[np.ndarray, np.ndarray, np.n
     tokens, lengths, z, question, asked, slots, pixels, keys = rows
     grid = flow.time_grid(2)
     model, weights = parts.model, given["janusflow"]
+    if apart:
+        model = replace(model, scan_layers=False)
+        language = unstack_layers(dict(weights["language_model"]))
+        weights = weights | {"language_model": by_rows(jax.tree.map(jnp.asarray, language))}
     latents = image.sample_latents(
         model, weights, tokens, lengths, z, grid.timesteps, grid.dt, jnp.float32(2.0)
     )
     drawn = image.decode_latents(parts.vae, given["vae"], latents)
     state = text.prefill(model, weights, question, asked, pixels, slots, 4)
-    _, answers = text.decode(
-        model, weights, state, keys, jnp.float32(0), jnp.float32(1), jnp.int32(0), 4
-    )
+    _, answers = text.decode(model, weights, state, keys, None, jnp.float32(1), jnp.int32(0), 4)
     return tuple(jax.device_get((latents, drawn, answers)))
 
 
@@ -218,11 +227,12 @@ def sampling(meshes: list[tuple[int, int, int]]) -> None:
     assert np.std(latents) > 0.3 and np.std(drawn) > 0.01 and len(np.unique(answers)) > 4
     for sizes in meshes:
         mesh = make_mesh(sizes)
-        with jax.set_mesh(mesh):
-            got = sample(mesh)
-        for ours, want in zip(got[:2], (latents, drawn), strict=True):
-            np.testing.assert_allclose(ours, want, rtol=0, atol=1e-5 * np.abs(want).max())
-        np.testing.assert_array_equal(got[2], answers)
+        for apart in (False, True):
+            with jax.set_mesh(mesh):
+                got = sample(mesh, apart)
+            for ours, want in zip(got[:2], (latents, drawn), strict=True):
+                np.testing.assert_allclose(ours, want, rtol=0, atol=1e-5 * np.abs(want).max())
+            np.testing.assert_array_equal(got[2], answers)
         print(f"equal on {sizes}", flush=True)
 
 

@@ -18,7 +18,7 @@ from jflow.inference.image import decode_latents, encode_pixels, initial_noise, 
 from jflow.inference.parts import PIXEL_CHANNELS, check_parts
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
-from jflow.models.layers import Precision
+from jflow.models.layers import Precision, by_rows
 from jflow.models.llama import unstack_layers
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.samplers import SOLVERS
@@ -153,7 +153,10 @@ class Pipeline:
             vae = AutoencoderKL(VAEConfig.from_hf(config["vae"]), dtype=dtype, param_dtype=dtype)
         if not scan_layers:
             language = params["janusflow"].pop("language_model")
-            params["janusflow"]["language_model"] = unstack_layers(language)
+            language = unstack_layers(language)
+            # With kernels as they are, a CPU multiplies up to 9 times as fast.
+            on_gpu = jax.default_backend() == "gpu"
+            params["janusflow"]["language_model"] = by_rows(language) if on_gpu else language
         tokenizer = prompts.Tokenizer.from_files(files)
         processor = images.ImageProcessor.from_files(files)
         check_parts(model_config, vae, tokenizer, processor)
@@ -311,7 +314,7 @@ class Pipeline:
                     self.params["janusflow"],
                     state,
                     keys,
-                    np.float32(options.temperature),
+                    np.float32(options.temperature) if options.temperature else None,
                     np.float32(options.top_p),
                     np.int32(tokenizer.eos_id),
                     DECODE_CHUNK,

@@ -13,12 +13,10 @@ from jflow.models.layers import KVCache
 
 @flax.struct.dataclass
 class DecodeState:
-    """cache: the prompt's slots, then one a new token; slot: the next free one; positions: [B] of
-    the next token; logits: [B, vocab] of the next token; done: [B] rows that ended; step: tokens
-    written so far."""
+    """cache: the prompt's slots, then one a new token; positions: [B] of the next token; logits:
+    [B, vocab] of the next token; done: [B] rows that ended; step: tokens written so far."""
 
     cache: KVCache
-    slot: jax.Array
     positions: jax.Array
     logits: jax.Array
     done: jax.Array
@@ -50,7 +48,6 @@ def prefill(
     last = jnp.take_along_axis(out.hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return DecodeState(
         cache=KVCache.of(out.k, out.v, segment_ids, reserve=max_new_tokens),
-        slot=jnp.asarray(tokens.shape[1], jnp.int32),
         positions=lengths,
         logits=model.apply(variables, last, method="logits"),
         done=jnp.zeros(lengths.shape, bool),
@@ -59,29 +56,28 @@ def prefill(
 
 
 def choose_token(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array | None, top_p: jax.Array
 ) -> jax.Array:
-    """The next token of each row: the likeliest at temperature 0, else drawn from the nucleus.
+    """The next token of each row: drawn from the nucleus, or the likeliest.
 
     Args:
       logits: [B, vocab]; keys: [B].
-      temperature: at least 0; top_p in (0, 1]: the smallest set of tokens that holds this much of
-        the probability is kept (Holtzman et al. 2019, as transformers does it).
+      temperature: above 0; None for the likeliest, which a GPU would have to ask for in the midst
+        of every step were it a number.
+      top_p: in (0, 1]: the smallest set of tokens that holds this much of the probability is kept
+        (Holtzman et al. 2019, as transformers does it).
 
     Returns: [B] int32.
     """
-
-    def draw():
-        scaled = logits / jnp.maximum(temperature, 1e-6)
-        ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
-        probability = jax.nn.softmax(ordered, axis=-1)
-        kept = jnp.cumsum(probability, axis=-1) - probability < top_p
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        nucleus = jnp.where(scaled >= threshold, scaled, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys, nucleus)
-
-    greedy = jnp.argmax(logits, axis=-1)
-    return jax.lax.cond(temperature > 0, draw, lambda: greedy).astype(jnp.int32)
+    if temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    scaled = logits / temperature
+    ordered = jnp.sort(scaled, axis=-1)[:, ::-1]
+    probability = jax.nn.softmax(ordered, axis=-1)
+    kept = jnp.cumsum(probability, axis=-1) - probability < top_p
+    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    nucleus = jnp.where(scaled >= threshold, scaled, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, nucleus).astype(jnp.int32)
 
 
 @partial(
@@ -95,14 +91,14 @@ def decode(
     params: dict,
     state: DecodeState,
     keys: jax.Array,
-    temperature: jax.Array,
+    temperature: jax.Array | None,
     top_p: jax.Array,
     eos_id: jax.Array,
     num_tokens: int,
 ) -> tuple[DecodeState, jax.Array]:
     """Up to `num_tokens` more tokens; stops early when every row has ended.
 
-    Args: keys [B], one a row; each draw folds in the number of its token.
+    Args: keys [B], one a row; each draw folds in the number of its token. See `choose_token`.
 
     Returns: the state and [B, num_tokens] tokens, eos_id from each row's end on.
     """
@@ -123,8 +119,7 @@ def decode(
         x = model.apply(variables, token[:, None], method="embed_text")
         out = model.apply(variables, x, state.positions[:, None], ones, cache, method="language")
         state = state.replace(
-            cache=cache.write(out.k, out.v, ones, state.slot),
-            slot=state.slot + 1,
+            cache=cache.write(out.k, out.v, ones),
             positions=state.positions + 1,
             logits=model.apply(variables, out.hidden[:, 0], method="logits"),
             done=state.done | (token == eos_id),

@@ -54,7 +54,7 @@ def attention(
       segment_ids: [B, T] with T = S: a token sees the earlier ones of its own segment and itself.
         None: every query sees every key.
       cache: one layer's, for tokens with segment_ids; they also see the cached tokens of their
-        segment.
+        segment. Behind a KVCache T = 1, and the token's slot is free.
       implementation: see the module; "auto" is by platform and shape, and what the chosen one
         cannot compute falls to xla.
       segments: of how many at most a row is made, with what is before it in a Prefix and padding
@@ -78,7 +78,7 @@ def attention(
     if segment_ids is None:
         return _xla(q, k, v, None, precision)
     if isinstance(cache, KVCache):
-        return _xla(q, k, v, causal_mask(segment_ids), precision, cache, seen(segment_ids, cache))
+        return _behind_cache(q, k, v, segment_ids, cache, precision)
     if k.shape[1] <= DENSE:
         return _xla(q, k, v, causal_mask(segment_ids)[:, -q.shape[1] :], precision)
     return _xla_in_blocks(q, k, v, segment_ids, precision)
@@ -125,52 +125,52 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
     return same & jnp.tril(jnp.ones((length, length), bool))
 
 
-def seen(segment_ids: jax.Array, cache: KVCache) -> jax.Array:
-    """[B, T] segment ids -> [B, T, S]: which cached tokens do the new ones see?"""
-    return segment_ids[:, :, None] == cache.segment_ids[:, None, :]
-
-
 def _xla(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    mask: jax.Array | None,
-    precision: Precision,
-    cache: KVCache | None = None,
-    cache_mask: jax.Array | None = None,
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, precision: Precision
 ) -> jax.Array:
-    """Attention under a mask [B, T, S] over the new tokens and [B, T, S'] over the cached ones.
-
-    The cache is read in place: neither keys and values are joined with the new ones, nor scores, of
-    which a GPU would compute the new ones again for each of the joined.
-    """
+    """Attention under a mask [B, T, S]."""
     kv_heads, width = k.shape[2], q.shape[3]
     group = q.shape[2] // kv_heads
     # The queries of a group behind each other, so that both products and their derivatives sum
     # over one axis: over two, a CPU takes five times as long for the gradient of short rows.
     q = rearrange(q, "B T (K G) D -> B K (G T) D", K=kv_heads)
     score_type = precision.softmax
-
-    def scores(keys, axes, allowed):
-        s = jnp.einsum(f"BKQD,{axes}->BKQS", q, keys, preferred_element_type=score_type)
-        s = s * jnp.asarray(width**-0.5, score_type)
-        if allowed is None:
-            return s
-        return jnp.where(jnp.tile(allowed, (1, group, 1))[:, None], s, jnp.finfo(score_type).min)
-
-    def weigh(weights, values, axes):
-        return jnp.einsum(f"BKQS,{axes}->BKQD", weights.astype(values.dtype), values)
-
-    s = scores(k, "BSKD", mask)
-    if cache is None:
-        out = weigh(jax.nn.softmax(s, axis=-1), v, "BSKD")
-    else:
-        past = scores(cache.k, "BKDS", cache_mask)
-        top = jnp.maximum(jnp.max(past, axis=-1), jnp.max(s, axis=-1))[..., None]
-        past, now = jnp.exp(past - top), jnp.exp(s - top)
-        total = jnp.sum(past, axis=-1, keepdims=True) + jnp.sum(now, axis=-1, keepdims=True)
-        out = weigh(past / total, cache.v, "BKSD") + weigh(now / total, v, "BSKD")
+    s = jnp.einsum("BKQD,BSKD->BKQS", q, k, preferred_element_type=score_type)
+    s = s * jnp.asarray(width**-0.5, score_type)
+    if mask is not None:
+        s = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], s, jnp.finfo(score_type).min)
+    weights = jax.nn.softmax(s, axis=-1).astype(v.dtype)
+    out = jnp.einsum("BKQS,BSKD->BKQD", weights, v)
     return rearrange(out, "B K (G T) D -> B T (K G) D", G=group)
+
+
+def _behind_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    cache: KVCache,
+    precision: Precision,
+) -> jax.Array:
+    """Attention of one token as if it stood in its slot of the cache, which is only read.
+
+    Its score takes the slot's place. Joined behind the others, it would have a GPU compute them
+    over and over; so softmax and the product behind it become one kernel.
+    """
+    score_type = precision.softmax
+    q = rearrange(q, "B 1 (K G) D -> B K G D", K=k.shape[2])
+    k, v = (rearrange(a, "B 1 K D -> B K 1 D").astype(score_type) for a in (k, v))
+    past = jnp.einsum("BKGD,BKDS->BKGS", q, cache.k, preferred_element_type=score_type)
+    now = jnp.sum(q.astype(score_type) * k, axis=-1, keepdims=True)
+    seen = (segment_ids == cache.segment_ids)[:, None, None]
+    here = jnp.arange(seen.shape[-1]) == cache.slot
+    s = jnp.where(seen, past, jnp.finfo(score_type).min)
+    s = jnp.where(here, now, s) * jnp.asarray(q.shape[3] ** -0.5, score_type)
+    weights = jax.nn.softmax(s, axis=-1).astype(cache.v.dtype)
+    now = jnp.sum(jnp.where(here, weights, 0), axis=-1, keepdims=True, dtype=score_type)
+    past = jnp.where(here, 0, weights)
+    out = jnp.einsum("BKGS,BKSD->BKGD", past, cache.v, preferred_element_type=score_type) + now * v
+    return rearrange(out.astype(q.dtype), "B K G D -> B 1 (K G) D")
 
 
 def _keep_flash(primitive, *_, **__) -> bool:

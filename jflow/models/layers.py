@@ -97,7 +97,10 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias; [..., I] -> [..., features]."""
+    """x @ kernel + bias; [..., I] -> [..., features].
+
+    Parameters may hold `rows` [features, I] instead of `kernel` [I, features], see `by_rows`.
+    """
 
     features: int
     precision: Precision
@@ -107,8 +110,11 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = self.precision.compute
         shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", fan_in_init, shape, self.precision.param)
-        y = _product(x.astype(dtype), kernel.astype(dtype))
+        if self.has_variable("params", "rows"):
+            y = _product_with_rows(x.astype(dtype), self.get_variable("params", "rows"))
+        else:
+            kernel = self.param("kernel", fan_in_init, shape, self.precision.param)
+            y = _product(x.astype(dtype), kernel.astype(dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, shape[1:], self.precision.param)
             y = y + bias.astype(dtype)
@@ -129,6 +135,32 @@ def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
         rows = jnp.pad(x.reshape(1, -1), ((0, 7), (0, 0)))
         return (rows @ kernel)[0].reshape(*x.shape[:-1], -1)
     return x @ kernel
+
+
+def _product_with_rows(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """x @ rows.T, [..., C] and [D, C]."""
+    if x.size > x.shape[-1]:
+        return x @ rows.astype(x.dtype).T
+    terms = x.reshape(-1).astype(jnp.float32) * rows.astype(jnp.float32)
+    return jnp.sum(terms, axis=1).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def by_rows(params: dict) -> dict:
+    """The same parameters, each Linear's `kernel` [I, features] turned into `rows` [features, I].
+
+    With one vector a GPU sums along each row as it lies: what makes the vector, the sums of several
+    such products and what follows become one kernel, which reads the weights at the speed of the
+    memory. A library's product reads 2048 columns with a quarter of the chip, and wants the vector
+    padded before.
+
+    Each array is let go as soon as it is turned; the tree passed in is changed.
+    """
+    if "kernel" in params:
+        params["rows"] = params.pop("kernel").T
+    for part in params.values():
+        if isinstance(part, dict):
+            by_rows(part)
+    return params
 
 
 def rotary_angles(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -166,11 +198,13 @@ class KVCache:
       as fast as with S before K).
     segment_ids: [B, S]; a token sees a cached one when their segments are equal, so 0 hides an
       empty or padded slot from every real token.
+    slot: int32, where the next token will stand; the slots from there on are empty.
     """
 
     k: jax.Array
     v: jax.Array
     segment_ids: jax.Array
+    slot: jax.Array
 
     @classmethod
     def of(cls, k: jax.Array, v: jax.Array, segment_ids: jax.Array, reserve: int = 0) -> "KVCache":
@@ -181,17 +215,17 @@ class KVCache:
             k=constrain(k, None, "batch", "heads", None, None),
             v=constrain(v, None, "batch", "heads", None, None),
             segment_ids=jnp.pad(segment_ids, ((0, 0), (0, reserve))),
+            slot=jnp.asarray(segment_ids.shape[1], jnp.int32),
         )
 
-    def write(
-        self, k: jax.Array, v: jax.Array, segment_ids: jax.Array, slot: jax.Array
-    ) -> "KVCache":
+    def write(self, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> "KVCache":
         """T more tokens, k and v [layers, B, T, K, D], in the slots from `slot` on."""
         new, put = KVCache.of(k, v, segment_ids), jax.lax.dynamic_update_slice_in_dim
         return KVCache(
-            k=put(self.k, new.k, slot, axis=4),
-            v=put(self.v, new.v, slot, axis=3),
-            segment_ids=put(self.segment_ids, new.segment_ids, slot, axis=1),
+            k=put(self.k, new.k, self.slot, axis=4),
+            v=put(self.v, new.v, self.slot, axis=3),
+            segment_ids=put(self.segment_ids, new.segment_ids, self.slot, axis=1),
+            slot=self.slot + new.slot,
         )
 
 

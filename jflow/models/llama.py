@@ -154,10 +154,10 @@ class TappedBlock(nn.Module):
     segments: int | None
 
     @nn.compact
-    def __call__(self, carry, layer, cache, cached_ids, angles, segment_ids, tap_layer):
+    def __call__(self, carry, layer, past, cache, angles, segment_ids, tap_layer):
         x, tap = carry
         if cache is not None:
-            cache = cache.replace(segment_ids=cached_ids)
+            cache = cache.replace(k=past[0], v=past[1])
         block = remat(Block, self.remat)
         x, k, v = block(self.config, self.precision, self.attention, self.segments, name="block")(
             x, angles, segment_ids, cache
@@ -171,8 +171,9 @@ class Llama(nn.Module):
     """Decoder-only transformer over embeddings; `embed` and `logits` are its two ends.
 
     scan_layers: one compiled block scanned over stacked weights, or (False, with parameters from
-      `unstack_layers`) each layer on its own. Scanning compiles fast, but slices each layer's
-      weights out of the stack: nothing beside 577 tokens, 2.5 times the time of a step of one.
+      `unstack_layers`, for a GPU also `layers.by_rows`) each layer on its own. Scanning compiles
+      fast, but slices each layer's weights out of the stack: nothing beside 577 tokens, 2.5 times
+      the time of a step of one.
     unroll: so many blocks a trip of the scan; more compile longer and need fewer copies in and out
       of the stack, and fewer meetings of the devices for gradients.
     remat: what each block computes again in the backward pass, see `layers.remat`.
@@ -240,24 +241,21 @@ class Llama(nn.Module):
         layers = self.config.num_hidden_layers
         if tap_layer is not None and not 1 <= tap_layer <= layers:
             raise ValueError(f"tap_layer {tap_layer} is outside the model's blocks 1..{layers}.")
-        cached_ids = None
+        past = None
         if cache is not None:
-            # The cache's segment ids are one per token, not one per layer: they stay outside the
-            # scan, and each layer's slice carries an empty stand-in for them.
-            cached_ids = cache.segment_ids
-            cache = cache.replace(segment_ids=jnp.zeros((layers, 0)))
+            # Only keys and values are each layer's own; the rest stays outside the scan.
+            past, cache = (cache.k, cache.v), cache.replace(k=None, v=None)
         x = constrain(x.astype(self.precision.compute), "batch", None, None)
         carry = (x, jnp.zeros_like(x) if tap_layer is not None else jnp.zeros((), x.dtype))
         # Once for all layers and heads: a compiler would compute them again in each.
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
-        shared = (cached_ids, angles, segment_ids, tap_layer)
+        shared = (cache, angles, segment_ids, tap_layer)
         if self.scan_layers:
-            carry, (k, v) = self.layers(carry, jnp.arange(layers), cache, *shared)
+            carry, (k, v) = self.layers(carry, jnp.arange(layers), past, *shared)
         else:
             new = []
             for i, layer in enumerate(self.layers):
-                past = jax.tree.map(itemgetter(i), cache)
-                carry, kv = layer(carry, i, past, *shared)
+                carry, kv = layer(carry, i, jax.tree.map(itemgetter(i), past), *shared)
                 new.append(kv)
             k, v = (jnp.stack(values) for values in zip(*new, strict=True))
         x, tap = carry
