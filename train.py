@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     distributed.add_arguments(parser)
     add("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load(args.config, args.overrides)
         if args.plan:

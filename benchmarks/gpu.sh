@@ -52,7 +52,7 @@ part() {
 part step 240 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
 part sampling 190 "$python" benchmarks/sampling.py "${sampling[@]}" --json "$parts/sampling.json"
 export XLA_FLAGS="${XLA_FLAGS:-} $quick"
-part attention 60 "$python" -m pytest -q tests/test_attention.py -k gpu
-part goldens 90 "$python" -m pytest -q tests/test_goldens.py -k "logits or velocity or guided"
+part checks 150 "$python" -m pytest -q tests/test_attention.py tests/test_goldens.py \
+    -k "gpu or logits or velocity or guided"
 cat "$results/${name}_tables.md"
 exit $failed

@@ -207,7 +207,7 @@ def test_shipped_siglip_tells_colors_and_shapes_also_of_pairs_it_never_saw():
 
 def test_a_scratch_checkpoint_draws_and_is_small(tmp_path, capsys):
     out = tmp_path / "init"
-    assert main(["--out", str(out), "hidden_size=64", "intermediate_size=64", "num_layers=1"]) == 0
+    assert main(["hidden_size=64", "--out", str(out), "intermediate_size=64", "num_layers=1"]) == 0
     params, described, _ = load_checkpoint(out)
     assert described["scratch"]["hidden_size"] == 64
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(params)) < 12e6

@@ -148,7 +148,7 @@ def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(
 
 
 def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
-    """A stand-in for python: the goldens fail, the benchmarks write figures."""
+    """A stand-in for python: the checks fail, the benchmarks write figures."""
     figures = json.dumps({"date": "d", "hardware": "x", "versions": {}, "rows": []})
     put(
         tmp_path / "python",
@@ -165,10 +165,10 @@ def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
     (found,) = (tmp_path / "out").glob("*_cpu.json")
     figures = json.loads(found.read_text())
     status = {name: check["status"] for name, check in figures["checks"].items()}
-    assert status == {"step": 0, "sampling": 0, "attention": 0, "goldens": 3}
+    assert status == {"step": 0, "sampling": 0, "checks": 3}
     assert figures["hardware"] == "x" and figures["step"] == {"rows": []}
-    (log,) = (tmp_path / "out").glob("*_goldens.txt")
-    assert log.read_text() == "wrong\n" and "| goldens | failed |" in done.stdout
+    (log,) = (tmp_path / "out").glob("*_checks.txt")
+    assert log.read_text() == "wrong\n" and "| checks | failed |" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["scripts/tpu.sh", "scripts/slurm.sbatch", "benchmarks/gpu.sh"])

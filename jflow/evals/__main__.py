@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         "--began", type=float, help="Unix time that scores.json's seconds count from; default: now"
     )
     parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     began = args.began or time.time()
     try:
         enable_cache()

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to make")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         checkpoints.require_new(args.out)
         create(reduce(override, args.overrides, ScratchConfig()), args.out)

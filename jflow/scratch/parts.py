@@ -70,7 +70,7 @@ def command(name: str, doc: str, config: Any, make: Callable[[Any], tuple[dict, 
     )
     parser.add_argument("--out", required=True, type=Path, help="writes OUT.safetensors, OUT.json")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         described, params, said = make(reduce(override, args.overrides, config))
         write(args.out, described, params)
