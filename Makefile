@@ -46,7 +46,7 @@ demo shapes: $(VENV)/.installed
 	$(BIN)/python -m jflow.evals --ckpt runs/$@/train --untrained runs/$@/init --out runs/$@ \
 	    --began $$(cat runs/$@/began) $(BENCHMARK)
 
-# The same on one GPU, in five minutes: $(BIN)/pip install -e ".[cuda]" comes first.
+# The same on one GPU, in eight minutes: $(BIN)/pip install -e ".[cuda]" comes first.
 shapes-gpu: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) bash scripts/shapes_gpu.sh
 

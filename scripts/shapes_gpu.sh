@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# configs/shapes_gpu.py from nothing on one GPU in five minutes: builds the pictures, encodes them,
+# configs/shapes_gpu.py from nothing on one GPU in eight minutes: builds the pictures, encodes them,
 # trains, scores. runs/shapes-gpu/{scores.json,drawn.png,answered.png} are what comes out.
 #
 #     bash scripts/shapes_gpu.sh [field=value ...]     # of the config, for example steps=15000

@@ -243,8 +243,8 @@ def make_batch(
 
 def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     """The image tower's parameters, and shares of new pictures: "retrieval", for which it finds the
-    inventory among those of RETRIEVAL pictures, and "seen" and "unseen", of
-    one object of such a pair, for which it finds "a circle" and the like among SHAPES."""
+    inventory among those of RETRIEVAL pictures, and "seen" and "unseen", of one object of such a
+    pair, for which it finds "a circle" and the like among SHAPES."""
     tokenizer = Tokenizer.from_files(tokenizer_files(config.siglip.num_tokens))
     vit, width = Siglip(config.siglip), config.siglip.width
     text = Llama(
@@ -329,7 +329,8 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     for first in bar:
         begins, size = first < config.alone_steps, config.batch_size
         pool, share = (alone, 1.0) if begins else (everything, config.recolored)
-        chosen = np.stack([rng.choice(pool, size, replace=False) for _ in range(TOGETHER)])
+        count = min(TOGETHER, config.steps - first)
+        chosen = np.stack([rng.choice(pool, size, replace=False) for _ in range(count)])
         params, moments, value = several(
             params, moments, data, known, chosen, first, round(share * size)
         )
