@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 
 # A small JanusFlow learns from nothing to draw coloured shapes and to answer about them, and is
 # scored: runs/demo/scores.json, drawn.png, answered.png. Other seeds: make demo SEED=1. `make shapes`
-# is the same in 70 minutes.
+# is the same in an hour.
 # A device for each of two cores, with a thread of its own, works on what fits its cache, and large
 # buffers lie in huge pages: together 1.4 times as fast as one device with two threads.
 SEED ?= 0
