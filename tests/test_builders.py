@@ -96,6 +96,17 @@ def test_a_quarter_of_the_captions_are_short():
     assert 0.25 - 0.034 < np.mean(short) < 0.25 + 0.034 + 0.04
 
 
+@pytest.mark.parametrize("colored", [0, 0.5, 0.75, 1])
+def test_longer_captions_name_colors_as_often_as_asked(colored):
+    """Of scenes that belong to no category, whose captions are all longer ones."""
+    made = [shapes.example(0, "train", i, colored) for i in range(1500)]
+    captions = [e.caption for e in made if e.record is None]
+    named = np.mean([any(c in text for c in scenes.COLORS) for text in captions])
+    assert abs(named - colored) < 3 * np.sqrt(colored * (1 - colored) / len(captions)) + 1e-9
+    with pytest.raises(ValueError, match="percent"):
+        builders.ShapesOptions(colored=101)
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_conversation_does_not_tell_its_answers_by_their_order(rounds):
     """Of the existence questions half are answered with yes, at first and behind another one."""

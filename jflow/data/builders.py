@@ -37,15 +37,21 @@ _OPTIONS = "options"  # where dataset_info.json keeps what a dataset was built w
 @dataclass(frozen=True)
 class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
-    captions: of each picture. rounds: of questions about it, of two to six new ones each."""
+    captions: of each picture. colored: percent of the longer captions that name colors. rounds: of
+    questions about it, of two to six new ones each."""
 
     size: int = 32
     train: int = 20_000
     seen: int = 1_000
     unseen: int = 1_000
     captions: int = 4
+    colored: int = int(100 * shapes.COLORED_SHARE)
     rounds: int = 2
     seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.colored <= 100:
+            raise ValueError(f"colored is in percent, from 0 to 100, not {self.colored}.")
 
 
 @dataclass(frozen=True)
@@ -91,9 +97,12 @@ class Shapes(_Embedded):
 
 
 def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
-    made = shapes.example(options.seed, split, index)
+    colored = options.colored / 100
+    made = shapes.example(options.seed, split, index, colored)
     rng = shapes.generator(options.seed, split, index, _CAPTIONS)
-    more = (shapes.caption_of(made.scene, made.record, rng) for _ in range(1, options.captions))
+    more = (
+        shapes.caption_of(made.scene, made.record, rng, colored) for _ in range(1, options.captions)
+    )
     rng = shapes.generator(options.seed, split, index, _CONVERSATION)
     asked = shapes.conversation(made.scene, split, options.rounds, rng)
     return _example(

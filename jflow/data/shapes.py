@@ -26,6 +26,7 @@ NUMBERS = ("zero", "one", "two", "three", "four")
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 FREE_SHARE = 1 / 4  # of scenes that belong to none of the categories
 SHORT_SHARE = 1 / 4  # of captions that are the category's prompt
+COLORED_SHARE = 1 / 2  # of the other captions that name colors
 CORNER_MARGIN = 2.0  # from the middle lines, to be said to lie in a corner
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 RELATION_PHRASES = {
@@ -124,8 +125,8 @@ def prompt(seed: int, split: str, index: int) -> dict:
     return make_record(CATEGORIES[index % len(CATEGORIES)], split, rng)
 
 
-def example(seed: int, split: str, index: int) -> Example:
-    """The index-th example of a split: draw its picture with `render`."""
+def example(seed: int, split: str, index: int, colored: float = COLORED_SHARE) -> Example:
+    """The index-th example of a split: draw its picture with `render`.  colored: see `describe`."""
     rng = generator(seed, split, index, 1)
     if rng.random() < FREE_SHARE:
         allowed, record = pairs(split), None
@@ -134,13 +135,15 @@ def example(seed: int, split: str, index: int) -> Example:
     else:
         record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], split, rng)
         scene = scene_for(record, split, rng)
-    return Example(scene, record, caption_of(scene, record, rng), ask(scene, split, rng))
+    return Example(scene, record, caption_of(scene, record, rng, colored), ask(scene, split, rng))
 
 
-def caption_of(scene: Scene, record: dict | None, rng: np.random.Generator) -> str:
+def caption_of(
+    scene: Scene, record: dict | None, rng: np.random.Generator, colored: float = COLORED_SHARE
+) -> str:
     """A caption: the record's prompt so often that over all scenes SHORT_SHARE of them are."""
     short = record is not None and rng.random() < SHORT_SHARE / (1 - FREE_SHARE)
-    return record["prompt"] if short else describe(scene, rng)
+    return record["prompt"] if short else describe(scene, rng, colored)
 
 
 def conversation(
@@ -185,15 +188,15 @@ def _relation(a: Object, b: Object) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """A caption that names every object: as a list, by relation or by corner, with and without
-    colors, in several wordings."""
+def describe(scene: Scene, rng: np.random.Generator, colored: float = COLORED_SHARE) -> str:
+    """A caption that names every object: as a list, by relation or by corner, with colors in a
+    share `colored` of cases, in several wordings."""
 
     def pick(options):
         return options[rng.integers(len(options))]
 
-    colored = rng.random() < 0.5
-    shown = [(o.shape, o.color if colored else "") for o in scene.objects]
+    with_colors = rng.random() < colored
+    shown = [(o.shape, o.color if with_colors else "") for o in scene.objects]
     counts = list(Counter(shown).items())
     listed = _list([_phrase(*counts[i]) for i in rng.permutation(len(counts))])
     bodies = [listed]
