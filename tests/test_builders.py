@@ -123,7 +123,7 @@ def test_a_conversation_does_not_tell_its_answers_by_their_order(rounds):
     if rounds == 1:
         assert not later
     else:  # Equal questions are left out, and so equal answers a little more often.
-        assert np.mean(later) == pytest.approx(0.5, abs=0.1)
+        assert 0.5 - 3 * 0.5 / len(later) ** 0.5 < np.mean(later) < 0.6
 
 
 def test_digits_are_the_scans_of_scikit_learn(digits_folder):

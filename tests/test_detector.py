@@ -112,7 +112,7 @@ def test_a_mirrored_picture_has_mirrored_boxes():
         image = scenes.render(scene)
         mirrored = [(32 - x1, y0, 32 - x0, y1) for x0, y0, x1, y1 in (d.box for d in detect(image))]
         boxes = [d.box for d in detect(image[:, ::-1])]
-        assert np.allclose(sorted(boxes), sorted(mirrored), atol=0.02)
+        np.testing.assert_allclose(sorted(boxes), sorted(mirrored), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("colors", [("red", "green"), ("white", "black"), ("orange", "yellow")])

@@ -101,9 +101,9 @@ EXACT = (11 / 13) * math.exp(-2) + (2 * math.cos(3) + 3 * math.sin(3)) / 13
 @pytest.mark.parametrize("solver, order", [("euler", 1), ("heun", 2), ("ab2", 2)])
 def test_solvers_converge_with_their_order(solver, order, shift):
     """Four times the steps shrink the error 4**order-fold, also on unequal steps."""
-    coarse, fine = (abs(endpoint(solver, n, shift) - EXACT) for n in (40, 160))
-    assert coarse < 0.05
-    assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.15)
+    coarse, fine = (abs(endpoint(solver, n, shift) - EXACT) for n in (160, 640))
+    assert coarse < 1e-3
+    assert math.log(coarse / fine, 4) == pytest.approx(order, abs=0.03)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
