@@ -188,7 +188,7 @@ def _relation(a: Object, b: Object) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def describe(scene: Scene, rng: np.random.Generator, colored: float = COLORED_SHARE) -> str:
+def describe(scene: Scene, rng: np.random.Generator, colored: float) -> str:
     """A caption that names every object: as a list, by relation or by corner, with colors in a
     share `colored` of cases, in several wordings."""
 

@@ -28,6 +28,7 @@ import optax
 from tqdm import tqdm
 
 from jflow.data.scenes import BACKGROUND, COLORS, HELD_OUT, SHAPES, SIDE, Scene
+from jflow.images import from_uint8
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.prompts import Tokenizer
@@ -174,11 +175,6 @@ def inventories(
     return jnp.take_along_axis(listed, jnp.argsort(~used, stable=True), axis=1), count.sum(-1)
 
 
-def to_input(drawn: jax.Array) -> jax.Array:
-    """`from_uint8` on the device."""
-    return drawn.astype(jnp.float32) / 127.5 - 1
-
-
 def turn(key: jax.Array) -> jax.Array:
     """A random rotation in three dimensions, with a mirror or without, [3, 3] (Shoemake 1992)."""
     w, x, y, z = _unit(jax.random.normal(key, (4,)))
@@ -226,7 +222,7 @@ def make_batch(
     these colors, and they have no inventory.
     """
     keys, (tokens, lengths, _) = jax.random.split(key, 3), texts
-    pixels, nameless = to_input(drawn), jnp.arange(len(drawn)) < recolored
+    pixels, nameless = from_uint8(drawn), jnp.arange(len(drawn)) < recolored
     others = jax.vmap(recolor)(pixels, known, jax.random.split(keys[2], len(drawn)))
     pixels = jnp.where(nameless[:, None, None, None], others, pixels)
     hidden = (nameless[:, None] & _objects(known))[..., None] & (jnp.arange(3) == 0)
@@ -257,8 +253,9 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
         )
     )
     data, known = _pictures(config.seed, "train", config.examples)
-    single = {split: _single(config.seed, split) for split in ("seen", "unseen")}
-    tests, their_facts = _pictures(config.seed, "seen", 8 * RETRIEVAL)
+    new = {split: _pictures(config.seed, split, 8 * RETRIEVAL) for split in ("seen", "unseen")}
+    single = {split: _single(*shown) for split, shown in new.items()}
+    tests, their_facts = new["seen"]
     rng, key = np.random.default_rng(config.seed), jax.random.key(config.seed)
     texts = (*map(jnp.asarray, phrases(tokenizer)), tokenizer.encode(",")[-1])
     batch = make_batch(data[:2], known[:2], texts, key)
@@ -319,7 +316,7 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     def named(params, drawn, shapes):
         said = LEFT_OUT, np.arange(len(SHAPES)), LEFT_OUT
         choices = embed_texts(text, params, texts[0][said], texts[1][said])
-        images = embed_images(vit, params, to_input(drawn))
+        images = embed_images(vit, params, from_uint8(drawn))
         return jnp.mean(jnp.argmax(images @ choices.T, axis=1) == shapes)
 
     alone, everything = np.flatnonzero(_objects(known).sum(-1) == 1), np.arange(len(data))
@@ -346,11 +343,10 @@ def train(config: ContrastiveConfig) -> tuple[dict, dict[str, float]]:
     return jax.device_get(params["vit"]), {"retrieval": float(np.mean(right))} | shapes
 
 
-def _single(seed: int, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of one object each, uint8 [n, 32, 32, 3], and its shape [n]."""
-    drawn, scenes = pictures(seed, split, 8 * RETRIEVAL)
-    shown = [i for i, scene in enumerate(scenes) if len(scene.objects) == 1]
-    return drawn[shown], np.array([SHAPES.index(scenes[i].objects[0].shape) for i in shown])
+def _single(drawn: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the pictures that hold one object, [n, 32, 32, 3], and its shape [n]."""
+    alone = _objects(known).sum(-1) == 1
+    return drawn[alone], known[alone, 0, 1]
 
 
 def _pictures(seed: int, split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
