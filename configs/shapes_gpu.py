@@ -30,7 +30,7 @@ def get_config(steps: int = 10_000, workers: int = 14) -> TrainConfig:
             learning_rate=1.5e-3, warmup_steps=500, decay=(steps * 6 // 10, steps)
         ),
         ema=EMAConfig(decay=0.999, every=1),
-        # All layers: no slices of stacks are copied, and 1,510 kernels a step instead of 1,850.
+        # All layers: no slices of stacks are copied.
         unroll=6,
         log_every=250,
         save_every=steps // 4 + 1,

@@ -82,10 +82,12 @@ def test_sinusoid_equals_diffusers(dim):
     )
 
 
+@pytest.mark.parametrize("size", [(6, 9), (4, 4), (4, 5), (2, 3), (1, 1)])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 7)])
-def test_depthwise_convolution_and_its_gradients(shape):
+def test_depthwise_convolution_and_its_gradients(shape, size):
+    """Also where the kernel reaches from every position to all others."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 6, 9, 4), np.float32)
+    x = rng.standard_normal((2, *size, 4), np.float32)
     kernel = rng.standard_normal((*shape, 4), np.float32)
     image = torch.tensor(np.moveaxis(x, -1, 1), requires_grad=True)
     weight = torch.tensor(rearrange(kernel, "h w c -> c 1 h w"), requires_grad=True)
