@@ -15,6 +15,7 @@ from jflow.models.siglip import Siglip, SiglipConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.prompts import Tokenizer, generation_tokens
 from jflow.scratch import siglip as contrastive
+from jflow.scratch import vae as autoencoder
 from jflow.scratch.__main__ import main
 from jflow.scratch.parts import ASSETS, pictures, read, write
 from jflow.scratch.siglip import sigmoid_loss
@@ -146,6 +147,19 @@ def test_turns_are_orthogonal_and_half_of_them_mirror():
     np.testing.assert_allclose(turns @ turns.mT, np.broadcast_to(np.eye(3), (200, 3, 3)), atol=1e-5)
     assert 60 < np.sum(np.linalg.det(turns) < 0) < 140
     assert np.max(np.abs(np.mean(turns, axis=0))) < 0.15  # none of the axes is preferred
+
+
+def test_latents_lie_in_the_shape_that_is_drawn_there():
+    """A latent a pixel: what has an object's color is in its shape, the rest is background."""
+    _, found = pictures(2, "train", 50)
+    for scene in found:
+        drawn, said = scenes.render(scene), autoencoder.shape_map(32, scene)
+        for o in scene.objects:
+            grid = scenes.pixel_grid(32) - (o.x, o.y)
+            filled = scenes.coverage(o.shape, 0, 0, o.radius, grid) == 1
+            assert filled.sum() > 15 and np.all(said[filled] == 1 + scenes.SHAPES.index(o.shape))
+        assert np.sum(said == 0) > 300
+        assert np.max(np.abs(drawn[said == 0] - (2 * scenes.BACKGROUND - 1))) < 1e-6
 
 
 def test_parts_come_back_as_bfloat16_holds_them(tmp_path):
