@@ -20,7 +20,7 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 22_000) -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 13_000) -> TrainConfig:
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
