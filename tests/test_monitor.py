@@ -4,6 +4,7 @@ import io
 import json
 import sys
 import time
+from functools import reduce
 from types import SimpleNamespace
 
 import jax
@@ -107,9 +108,14 @@ def test_means_are_over_what_was_counted():
             "bins": (jnp.array([3.0, 0]), jnp.array([1.0, 0])),
         },
     ]
-    assert metrics.means(steps) == {"ar": 2.0, "bins/0": 2.0}
+    assert metrics.means(reduce(metrics.add_up, steps)) == {"ar": 2.0, "bins/0": 2.0}
     # A task that joins between two lines of the log counts from where it joined.
-    assert metrics.means([{"rf": (jnp.float32(1), jnp.float32(1))}, steps[0]])["ar"] == 3.0
+    drawn = {"rf": (jnp.float32(1), jnp.float32(1))}
+    assert metrics.means(reduce(metrics.add_up, [drawn, steps[0]])) == {
+        "ar": 3.0,
+        "bins/0": 1.0,
+        "rf": 1.0,
+    }
 
 
 def test_speeds_are_counts_over_time(monkeypatch):

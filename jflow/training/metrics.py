@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jflow.batch import Batch
@@ -12,14 +13,26 @@ from jflow.training.flops import Cost, Work, count_work
 from jflow.training.objectives import Sums
 
 
-def means(steps: list[Sums]) -> dict[str, float]:
-    """name -> mean over the steps that have it (where the mixture changes, a task may join); arrays
-    (bins) become name/0, name/1, ...; what counted nothing is left out."""
-    steps, found = jax.device_get(steps), {}
-    for name in sorted(set().union(*steps)):
-        value, count = (
-            sum(parts) for parts in zip(*(s[name] for s in steps if name in s), strict=True)
-        )
+@jax.jit
+def add_up(total: Sums, step: Sums) -> Sums:
+    """A total with one more step. A name that is new begins with it: where the mixture changes, a
+    task may join.
+
+    Added where they are, so that a line of the log fetches as much as one step has: a thousand
+    small arrays would keep a GPU waiting for a second.
+    """
+    joined = {
+        name: jax.tree.map(jnp.add, total[name], pair) if name in total else pair
+        for name, pair in step.items()
+    }
+    return total | joined
+
+
+def means(total: Sums) -> dict[str, float]:
+    """name -> mean over the steps of a total; arrays (bins) become name/0, name/1, ...; what
+    counted nothing is left out."""
+    found = {}
+    for name, (value, count) in sorted(jax.device_get(total).items()):
         for i, (v, n) in enumerate(zip(np.ravel(value), np.ravel(count), strict=True)):
             if n:
                 found[name if np.ndim(value) == 0 else f"{name}/{i}"] = float(v / n)
@@ -38,7 +51,7 @@ class Meter:
         self._clear()
 
     def _clear(self):
-        self._sums: list[Sums] = []
+        self._total: Sums = {}
         self._padding: list[float] = []
         self._work = np.zeros(len(Work._fields))
         self._spent: dict[str, float] = {}
@@ -53,7 +66,7 @@ class Meter:
 
     def add(self, sums: Sums, batch: Batch, padding: float) -> None:
         """A step. batch: a share of its rows, numpy arrays; the others are taken to do as much."""
-        self._sums.append(sums)
+        self._total = add_up(self._total, sums)
         self._padding.append(padding)
         self._work += np.array(count_work(batch)) * self._shares
 
@@ -62,13 +75,13 @@ class Meter:
 
         Waits for the last step to be computed.
         """
-        values = means(self._sums)
+        values = means(self._total)
         seconds = time.perf_counter() - self._began
         work = Work(*self._work)
         flops = self._cost.of(work) / seconds
         values |= {
             "padding": sum(self._padding) / len(self._padding),
-            "seconds_per_step": seconds / len(self._sums),
+            "seconds_per_step": seconds / len(self._padding),
             "tokens_per_second": work.tokens / seconds,
             "images_per_second": (work.understood + work.generated) / seconds,
             "tflops_per_second": flops / 1e12,
