@@ -174,8 +174,12 @@ def siglip_flops(config: SiglipConfig) -> float:
 
 
 def _convnext_flops(layers: int, channels: int, hidden: int, grid: int) -> float:
-    """Blocks of uvit.ConvNeXtBlock on one image of `grid` positions: 7x7, MLP, FiLM."""
-    return layers * (grid * (2 * 49 * channels + 16 * channels**2) + 4 * hidden * channels)
+    """Blocks of uvit.ConvNeXtBlock on one image of `grid` positions, a square: 7x7, MLP, FiLM.
+
+    On 4x4 and less each position reads all of them, see `depthwise_conv`.
+    """
+    taps = grid if grid <= 16 else 49
+    return layers * (grid * (2 * taps * channels + 16 * channels**2) + 4 * hidden * channels)
 
 
 def encoder_flops(config: GenEncoderConfig, grid: int) -> float:
