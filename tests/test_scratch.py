@@ -154,7 +154,7 @@ def test_latents_lie_in_the_shape_that_is_drawn_there():
     """A latent a pixel: what has an object's color is in its shape, the rest is background."""
     _, found = pictures(2, "train", 50)
     for scene in found:
-        drawn, said = scenes.render(scene), autoencoder.shape_map(32, scene)
+        drawn, said = scenes.render(scene), autoencoder.shape_map(scene, 32)
         for o in scene.objects:
             grid = scenes.pixel_grid(32) - (o.x, o.y)
             filled = scenes.coverage(o.shape, 0, 0, o.radius, grid) == 1

@@ -293,14 +293,10 @@ def _product_of_all(x: jax.Array, kernel: jax.Array) -> jax.Array:
     On a map of 4x4x96 3 times as fast as the sum on a CPU, and a few kernels instead of a loop of
     49 on a GPU.
     """
-    (kh, kw, _), (height, width) = kernel.shape, x.shape[1:3]
-
-    def part(taps, axis, first, length):
-        return jax.lax.slice_in_dim(taps, first, first + length, axis=axis)
-
+    (height, width), (top, left) = x.shape[1:3], (size // 2 for size in kernel.shape[:2])
     # What (u, v) becomes takes from (i, j) the tap (i - u, j - v) from the kernel's middle.
-    taps = jnp.stack([part(kernel, 0, kh // 2 - u, height) for u in range(height)])
-    taps = jnp.stack([part(taps, 2, kw // 2 - v, width) for v in range(width)])
+    taps = jnp.stack([kernel[top - u : top - u + height] for u in range(height)])
+    taps = jnp.stack([taps[:, :, left - v : left - v + width] for v in range(width)])
     return jnp.einsum("bijc,vuijc->buvc", x, taps)
 
 

@@ -19,7 +19,6 @@ import optax
 from tqdm import tqdm
 
 from jflow.data.scenes import SHAPES, SIDE, Scene, signed_distance
-from jflow.data.workers import in_processes
 from jflow.images import from_uint8
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.scratch.parts import command, pictures
@@ -44,7 +43,7 @@ class VAETrainConfig:
     seed: int = 0
 
 
-def shape_map(side: int, scene: Scene) -> np.ndarray:
+def shape_map(scene: Scene, side: int) -> np.ndarray:
     """[side, side] int8: which of SHAPES each latent lies in, from 1, and 0 where in none."""
     along = (np.arange(side) + 0.5) * SIDE / side
     centres = np.stack(np.meshgrid(along, along), axis=-1)
@@ -66,11 +65,12 @@ def train(config: VAETrainConfig) -> tuple[VAEConfig, dict, dict[str, float]]:
     )
     vae, side = AutoencoderKL(vae_config), SIDE // vae_config.downscale
     data, scenes = pictures(config.seed, "train", config.examples)
-    shapes = np.stack(list(in_processes(partial(shape_map, side), scenes)))
+    shapes = np.stack([shape_map(scene, side) for scene in scenes])
     new = {split: from_uint8(pictures(config.seed, split, 256)[0]) for split in ("seen", "unseen")}
 
     def both_ways(module, x):
-        return module.decode(module.encode(x)[0])
+        z, _ = module.encode(x)
+        return z, module.decode(z)
 
     key = jax.random.key(config.seed)
     params = {
@@ -103,19 +103,16 @@ def train(config: VAETrainConfig) -> tuple[VAEConfig, dict, dict[str, float]]:
     moments, rng = optimizer.init(params), np.random.default_rng(config.seed)
     bar = tqdm(range(config.steps), "training")
     for number in bar:
-        rows, here = (
-            rng.integers(len(data), size=config.batch_size),
-            jax.random.fold_in(key, number),
-        )
-        params, moments, shown = step(params, moments, from_uint8(data[rows]), shapes[rows], here)
+        rows = rng.integers(len(data), size=config.batch_size)
+        x, here = from_uint8(data[rows]), jax.random.fold_in(key, number)
+        params, moments, shown = step(params, moments, x, shapes[rows], here)
         if number % 20 == 0:
             bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})
 
     @jax.jit
     def back(x):
-        z, _ = vae.apply({"params": params["vae"]}, x, method="encode")
-        error = jnp.mean(jnp.square(vae.apply({"params": params["vae"]}, z, method="decode") - x))
-        return jnp.std(z), 10 * jnp.log10(4 / error)
+        z, y = vae.apply({"params": params["vae"]}, x, method=both_ways)
+        return jnp.std(z), 10 * jnp.log10(4 / jnp.mean(jnp.square(y - x)))
 
     found = {split: back(x) for split, x in new.items()}
     scaled = {"scaling_factor": round(float(1 / found["seen"][0]), 4)}

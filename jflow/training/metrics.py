@@ -18,8 +18,8 @@ def add_up(total: Sums, step: Sums) -> Sums:
     """A total with one more step. A name that is new begins with it: where the mixture changes, a
     task may join.
 
-    Added where they are, so that a line of the log fetches as much as one step has: a thousand
-    small arrays would keep a GPU waiting for a second.
+    Added where they are, so that a line of the log fetches as much as one step has, and not the
+    small arrays of hundreds of steps.
     """
     joined = {
         name: jax.tree.map(jnp.add, total[name], pair) if name in total else pair
