@@ -10,7 +10,7 @@ from jflow.data.mixture import MixtureConfig
 from jflow.training.config import TrainConfig
 
 
-def get_config(steps: int = 2_600) -> TrainConfig:
+def get_config(steps: int = 2_800) -> TrainConfig:
     config = shapes.get_config("demo", steps)
     mixture = (
         MixtureConfig(0, understanding=0, generation=1, text=0),

@@ -171,6 +171,36 @@ def test_parts_come_back_as_bfloat16_holds_them(tmp_path):
     np.testing.assert_allclose(found["a"]["b"], params["a"]["b"], rtol=2**-8)
 
 
+def test_whitening_changes_latents_and_nothing_else():
+    """Pictures come back as before; latents get mean 0 and covariance 1; the posterior's variances
+    are those of the rotated noise, exactly where they are the same everywhere."""
+    config = VAEConfig(
+        latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4
+    )
+    vae, x = AutoencoderKL(config), from_uint8(pictures(5, "train", 16)[0])
+    params = jax.device_get(jax.jit(vae.init)(jax.random.key(0), x)["params"])
+    rng = np.random.default_rng(0)
+    kernel = params["quant_conv"]["kernel"] * (np.arange(8) < 4)
+    bias = rng.normal(size=8).astype(np.float32)
+    params = params | {"quant_conv": {"kernel": kernel, "bias": bias}}
+
+    @jax.jit
+    def both(params):
+        mean, logvar = vae.apply({"params": params}, x, method="encode")
+        return mean, logvar, vae.apply({"params": params}, mean, method="decode")
+
+    mean, logvar, back = map(np.asarray, both(params))
+    found = both(autoencoder.whitened(params, mean, logvar))
+    changed, changed_logvar, same = (np.asarray(a, np.float64) for a in found)
+    np.testing.assert_allclose(same, back, atol=1e-4)
+    flat = changed.reshape(-1, 4)
+    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(np.cov(flat.T), np.eye(4), atol=1e-3)
+    there, *_ = np.linalg.lstsq(mean.reshape(-1, 4) - mean.mean((0, 1, 2)), flat)
+    noise = np.diag(there.T @ np.diag(np.exp(logvar[0, 0, 0])) @ there)
+    np.testing.assert_allclose(np.exp(changed_logvar), noise + 0 * changed, rtol=1e-3)
+
+
 def test_shipped_vae_returns_new_pictures():
     config, params = read(ASSETS / "vae_shapes")
     vae = AutoencoderKL(VAEConfig.from_hf(config))

@@ -51,13 +51,14 @@ def _first_fit(
     found: list[list[int]] = [[] for _ in range(rows)]
     left = [most] * rows  # tokens, images and samples
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        size = lengths[i], images[i], 1
-        fits = (r for r in range(rows) if all(a <= b for a, b in zip(size, left[r], strict=True)))
+        length, count = lengths[i], images[i]
+        fits = (r for r, (t, m, n) in enumerate(left) if length <= t and count <= m and n)
         row = next(fits, None)
         if row is None:
             return None
         found[row].append(i)
-        left[row] = tuple(b - a for a, b in zip(size, left[row], strict=True))
+        t, m, n = left[row]
+        left[row] = t - length, m - count, n - 1
     return [sorted(row) for row in found]
 
 
