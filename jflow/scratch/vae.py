@@ -92,19 +92,16 @@ def train(config: VAETrainConfig) -> tuple[VAEConfig, dict, dict[str, float]]:
         block_out_channels=config.channels,
         layers_per_block=1,
         norm_num_groups=8,
+        scaling_factor=1.0,
     )
     vae, side = AutoencoderKL(vae_config), SIDE // vae_config.downscale
     data, scenes = pictures(config.seed, "train", config.examples)
     shapes = np.stack([shape_map(scene, side) for scene in scenes])
     new = {split: from_uint8(pictures(config.seed, split, 256)[0]) for split in ("seen", "unseen")}
 
-    def both_ways(module, x):
-        z, _ = module.encode(x)
-        return z, module.decode(z)
-
     key = jax.random.key(config.seed)
     params = {
-        "vae": vae.init(key, new["seen"][:1], method=both_ways)["params"],
+        "vae": vae.init(key, new["seen"][:1])["params"],
         "names": jnp.zeros((1 + config.latent_channels, 1 + len(SHAPES))),  # first the bias
     }
     rate = optax.warmup_cosine_decay_schedule(
@@ -139,16 +136,15 @@ def train(config: VAETrainConfig) -> tuple[VAEConfig, dict, dict[str, float]]:
         if number % 20 == 0:
             bar.set_postfix({name: f"{value:.1f}" for name, value in shown.items()})
 
-    @jax.jit
-    def psnr(params, x):
-        _, y = vae.apply({"params": params}, x, method=both_ways)
-        return 10 * jnp.log10(4 / jnp.mean(jnp.square(y - x)))
-
     encode = jax.jit(partial(vae.apply, method="encode"))
-    moments = encode({"params": params["vae"]}, from_uint8(data[:1000]))
-    params = whitened(jax.device_get(params["vae"]), *map(np.asarray, moments))
-    scaled = VAEConfig(**vars(vae_config) | {"scaling_factor": 1.0})
-    return scaled, params, {split: float(psnr(params, x)) for split, x in new.items()}
+    mean, logvar = map(np.asarray, encode({"params": params["vae"]}, from_uint8(data[:1000])))
+    params = whitened(jax.device_get(params["vae"]), mean, logvar)
+
+    @jax.jit
+    def psnr(x):
+        return 10 * jnp.log10(4 / jnp.mean(jnp.square(vae.apply({"params": params}, x) - x)))
+
+    return vae_config, params, {split: float(psnr(x)) for split, x in new.items()}
 
 
 def _make(config: VAETrainConfig) -> tuple[dict, dict, str]:
