@@ -20,7 +20,7 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 13_000) -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 20_000) -> TrainConfig:
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
@@ -34,7 +34,7 @@ def get_config(name: str = "shapes", steps: int = 13_000) -> TrainConfig:
             ),
             mixture=(
                 MixtureConfig(0, understanding=0, generation=1, text=0),
-                MixtureConfig(steps // 2, understanding=1, generation=1, text=0),
+                MixtureConfig(steps * 2 // 5, understanding=5, generation=3, text=0),
             ),
             # A window of each task is what one batch takes: none is made twice.
             batch_rows=8,
@@ -53,7 +53,8 @@ def get_config(name: str = "shapes", steps: int = 13_000) -> TrainConfig:
         objective=ObjectiveConfig(
             repa_layer=2, ar_chunk=160, time_mean=-0.5, sample_posterior=False
         ),
-        ema=EMAConfig(decay=0.998, every=1),
+        # Of 100 steps: a longer average would lag behind the falling rate.
+        ema=EMAConfig(decay=0.99, every=1),
         repa_hidden_size=256,
         # Every device has all parameters: they are small.
         mesh=MeshConfig(data=-1, fsdp=1),

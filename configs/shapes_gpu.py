@@ -10,7 +10,6 @@ from configs import shapes
 from jflow.data.mixture import WindowConfig
 from jflow.training.config import TrainConfig
 from jflow.training.optimizer import OptimizerConfig
-from jflow.training.state import EMAConfig
 
 
 def get_config(steps: int = 10_000, workers: int = 14) -> TrainConfig:
@@ -29,7 +28,6 @@ def get_config(steps: int = 10_000, workers: int = 14) -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, warmup_steps=500, decay=(steps * 6 // 10, steps)
         ),
-        ema=EMAConfig(decay=0.999, every=1),
         # All layers: no slices of stacks are copied.
         unroll=6,
         log_every=250,

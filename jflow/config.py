@@ -94,6 +94,8 @@ def _parse(text: str, old: Any, assignment: str) -> Any:
         raise ValueError(f"{assignment}: {text!r} cannot be read as {kind.__name__}.") from error
     if kind is float and type(value) is int:
         value = float(value)
+    if type(value) is list:
+        value = tuple(value)
     if old is not None and value is not None and type(value) is not kind:
         raise ValueError(f"{assignment}: {text!r} is not of type {kind.__name__}.")
     return value

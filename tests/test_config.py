@@ -35,6 +35,7 @@ class Run:
         ("stages.1.optimizer.learning_rate=2e-5", lambda c: c.stages[1].optimizer.learning_rate),
         ("stages.0.optimizer.learning_rate=1", lambda c: c.stages[0].optimizer.learning_rate),
         ("stages.0.optimizer.betas=(0.8,0.9)", lambda c: c.stages[0].optimizer.betas),
+        ("stages.0.optimizer.betas=[0.8, 0.9]", lambda c: c.stages[0].optimizer.betas),
         ("stages.0.optimizer.betas.1=0.99", lambda c: c.stages[0].optimizer.betas[1]),
         ("stages.0.optimizer.clip=None", lambda c: c.stages[0].optimizer.clip),
         ("stages.0.steps=7", lambda c: c.stages[0].steps),
