@@ -5,6 +5,7 @@ python demo.py --ckpt DIR
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import gradio as gr
@@ -23,8 +24,8 @@ def page(pipeline: Pipeline) -> gr.Blocks:
     """Two tabs, Draw and Ask, over one pipeline; bad input is shown as its own sentence."""
 
     def draw(prompt: str, steps: int, guidance: float, seed: int) -> list[np.ndarray]:
-        options = ImageOptions(steps=int(steps), guidance_scale=guidance, seed=int(seed))
         try:
+            options = ImageOptions(steps=int(steps), guidance_scale=guidance, seed=int(seed or 0))
             return list(np.concatenate(list(pipeline.generate([prompt], 4, options))))
         except ValueError as error:
             raise gr.Error(str(error)) from error
@@ -50,14 +51,15 @@ def page(pipeline: Pipeline) -> gr.Blocks:
             gallery = gr.Gallery(columns=4, label="Images")
             gr.Button("Draw").click(draw, [prompt, steps, guidance, seed], gallery)
         with gr.Tab("Ask"):
-            image = gr.Image(type="pil", label="Image")
+            # As it is in the file: transparency and 16 bits are for `to_rgb`.
+            image = gr.Image(type="pil", image_mode=None, label="Image")
             question = gr.Textbox(label="Question")
             answer = gr.Textbox(label="Answer")
             gr.Button("Ask").click(ask, [image, question], answer)
     return blocks
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,8 +68,14 @@ def main() -> None:
     args = parser.parse_args()
     enable_cache()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    page(Pipeline.from_checkpoint(args.ckpt, dtype)).launch(server_port=args.port)
+    try:
+        pipeline = Pipeline.from_checkpoint(args.ckpt, dtype)
+    except (ValueError, OSError) as error:
+        print(f"demo.py: {error}", file=sys.stderr)
+        return 2
+    page(pipeline).launch(server_port=args.port)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

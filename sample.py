@@ -11,7 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -26,6 +26,10 @@ from jflow.prompts import Message, user_question
 from jflow.samplers import SOLVERS
 from jflow.sharding import MeshConfig, make_mesh
 
+# The prompts in grid.png: nobody looks at a picture of thousands of rows.
+GRID_PROMPTS = 64
+QUESTION_FORM = '{"question": TEXT, "image": FILE or [FILE, ...]}'
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -34,7 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder of jflow.convert or train.py")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, float32 on a CPU")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     add("--batch-size", type=int, default=8)
     add(
         "--mesh",
@@ -73,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="round times and step to bfloat16, as the released sampler does",
     )
     add("--init-image", metavar="FILE", help="begin from this image")
-    add("--strength", type=float, default=0.6, help="how far back to noise --init-image goes")
+    add("--strength", type=float, help="how far back to noise --init-image goes (default 0.6)")
     add("--out", default="samples", help="folder of the PNGs, or the JSONL file of --questions")
 
     ask = parser.add_argument_group("answers")
@@ -83,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--questions",
         metavar="FILE",
-        help='JSONL of {"question": ..., "image": FILE or "images": [FILE, ...]}',
+        help=f"JSONL of {QUESTION_FORM}",
     )
     add("--max-new-tokens", type=int, default=512)
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
@@ -94,7 +98,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     asking = bool(args.question or args.questions)
     if drawing == asking and not args.plan:
         parser.error("give --prompt/--prompts to draw, or --question/--questions to ask.")
+    if args.image and not args.question:
+        parser.error("--image is what a --question is about; a drawing begins from --init-image.")
+    if args.question and args.questions:
+        parser.error("give --question or --questions, not both.")
+    if args.strength is not None and not args.init_image:
+        parser.error("--strength says how much of --init-image is kept: give one.")
+    if args.batch_size < 1:
+        parser.error("--batch-size must be at least 1.")
     return args
+
+
+def _seed(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no integer of 64 bits.")
+    return int(text)
 
 
 def mesh_config(text: str) -> MeshConfig:
@@ -120,13 +138,14 @@ def mesh_of(text: str) -> jax.sharding.Mesh | None:
     return None if mesh.size == 1 else mesh
 
 
-def read_lines(path: str) -> list[str]:
-    """The non-empty lines of a text file; raises ValueError when there is none."""
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line]
-    if not lines:
+def read_lines(path: str) -> dict[int, str]:
+    """The non-empty lines of a text file by their numbers; raises ValueError when there is none."""
+    # Not splitlines: JSON may hold the other characters that it splits at.
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
+    if not found:
         raise ValueError(f"{path} is empty.")
-    return lines
+    return found
 
 
 def image_options(args: argparse.Namespace) -> ImageOptions:
@@ -138,13 +157,13 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
         shift=args.shift,
         guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         official_rounding=args.official_rounding,
-        strength=args.strength if args.init_image else 1.0,
+        strength=(0.6 if args.strength is None else args.strength) if args.init_image else 1.0,
     )
 
 
 def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
-    """Writes one PNG an image and their grid, one row a prompt; returns how many images."""
-    texts = args.prompt + (read_lines(args.prompts) if args.prompts else [])
+    """Writes one PNG an image, and a grid of the first prompts' rows; returns how many images."""
+    texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
     options = image_options(args)
     init_image = images.load_image(args.init_image) if args.init_image else None
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -152,20 +171,24 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
     if args.init_image:
         settings["init_image"] = args.init_image
 
-    out, drawn = Path(args.out), []
+    out, drawn, shown = Path(args.out), 0, []
     batches = pipeline.generate(texts, args.num, options, args.batch_size, init_image)
     total = len(texts) * args.num
     count = -(-total // max(1, pipeline.rows(min(args.batch_size, total))))
     for batch in tqdm(batches, total=count, desc="drawing", unit="batch"):
         for image in batch:
-            prompt, index = divmod(len(drawn), args.num)
+            prompt, index = divmod(drawn, args.num)
             metadata = settings | {"prompt": texts[prompt], "index": str(index)}
             images.save_png(image, out / f"{prompt:04d}_{index:03d}.png", metadata)
-            drawn.append(image)
-    grid = images.make_grid(drawn, columns=args.num)
-    images.save_png(grid, out / "grid.png", settings | {"prompts": "\n".join(texts)})
-    print(f"{len(drawn)} images and grid.png in {out}")
-    return len(drawn)
+            drawn += 1
+            if prompt < GRID_PROMPTS:
+                shown.append(image)
+    grid = images.make_grid(shown, columns=args.num)
+    prompts = "\n".join(texts[:GRID_PROMPTS])
+    images.save_png(grid, out / "grid.png", settings | {"prompts": prompts})
+    some = f" (of the first {GRID_PROMPTS} prompts)" if len(shown) < drawn else ""
+    print(f"{drawn} images and grid.png{some} in {out}")
+    return drawn
 
 
 def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
@@ -193,37 +216,70 @@ def answer_options(args: argparse.Namespace) -> AnswerOptions:
     return AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
-def read_questions(path: str) -> Iterator[tuple[dict, Question]]:
-    """(record, question) of each line of a JSONL file; file names are relative to it."""
-    for number, line in enumerate(read_lines(path)):
+@dataclass(frozen=True)
+class Asked:
+    """A line of --questions: as it is there, the question in the model's words, image files."""
+
+    record: dict
+    messages: tuple[Message, Message]
+    files: tuple[Path, ...]
+
+
+def read_questions(path: str, pipeline: Pipeline, options: AnswerOptions) -> Iterator[Asked]:
+    """All lines of a JSONL file; names of image files are relative to it.
+
+    Raises ValueError or OSError in one sentence that names the line, for whatever can be told
+    without decoding images.
+    """
+    for number, line in read_lines(path).items():
         try:
             record = json.loads(line)
-            text = record["question"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f'{path}, line {number + 1}: expected {{"question": ..., "image": ...}}.'
-            ) from error
-        names = record.get("images", [record["image"]] if "image" in record else [])
-        pictures = tuple(images.load_image(Path(path).parent / name) for name in names)
-        turn = Message("User", user_question(text, len(pictures)))
-        yield record, Question((turn, Message("Assistant", "")), pictures, number)
+            text, files = record["question"], record.get("images", record.get("image")) or []
+            files = [files] if isinstance(files, str) else files
+            files = tuple(Path(path).parent / name for name in files)
+            messages = Message("User", user_question(text, len(files))), Message("Assistant", "")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: expected {QUESTION_FORM}.") from error
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        try:
+            pipeline.question_tokens(messages, len(files), options)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"{path}, line {number}: there is no image file {file}.")
+        yield Asked(record, messages, files)
 
 
 def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
-    """Answers every line of --questions into a JSONL file; returns how many."""
-    records = list(read_questions(args.questions))
+    """Answers every line of --questions into a JSONL file; returns how many.
+
+    Where it fails, the answers up to there are in the file's .tmp.
+    """
+    options = answer_options(args)
+    asked = list(read_questions(args.questions, pipeline, options))
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        for first in tqdm(range(0, len(records), args.batch_size), desc="answering", unit="batch"):
-            batch = records[first : first + args.batch_size]
-            *_, answers = pipeline.answer([question for _, question in batch], answer_options(args))
-            for (record, _), answer in zip(batch, answers, strict=True):
-                file.write(json.dumps(record | {"answer": answer}, ensure_ascii=False) + "\n")
+    partial, written = out.with_name(out.name + ".tmp"), 0
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for first in tqdm(range(0, len(asked), args.batch_size), desc="answering"):
+                batch = asked[first : first + args.batch_size]
+                questions = [
+                    Question(one.messages, tuple(map(images.load_image, one.files)), first + i)
+                    for i, one in enumerate(batch)
+                ]
+                *_, answers = pipeline.answer(questions, options)
+                for one, answer in zip(batch, answers, strict=True):
+                    file.write(json.dumps(one.record | {"answer": answer}, ensure_ascii=False))
+                    file.write("\n")
+                written += len(batch)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} The {written} answers before it are in {partial}.") from error
     os.replace(partial, out)
-    print(f"{len(records)} answers in {out}")
-    return len(records)
+    print(f"{written} answers in {out}")
+    return written
 
 
 def run(args: argparse.Namespace, stats: CompileStats) -> None:

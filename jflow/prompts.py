@@ -108,6 +108,9 @@ class Tokenizer:
         self.pad_id = self.eos_id if pad is None else pad
         self.num_image_tokens = processor.get("num_image_tokens", 576)
         self.vocab_size = tokenizer.get_vocab_size()
+        # Our texts have the released tag for an image, whatever this tokenizer calls it.
+        tokenizer.add_special_tokens([IMAGE_TAG])
+        self._released_image_id = tokenizer.token_to_id(IMAGE_TAG)
 
     @classmethod
     def from_files(cls, files: Mapping[str, str]) -> "Tokenizer":
@@ -144,7 +147,8 @@ class Tokenizer:
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """`encode`, and behind which character of the text each token ends."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        ids, ends = encoding.ids, [end for _, end in encoding.offsets]
+        ids = [self.image_id if i == self._released_image_id else i for i in encoding.ids]
+        ends = [end for _, end in encoding.offsets]
         return ([self.bos_id, *ids], [0, *ends]) if self._add_bos else (ids, ends)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -280,6 +280,20 @@ def test_image_layout_is_the_released_one(tokenizer):
         np.testing.assert_array_equal(tokens[slots[0, 0] : slots[0, -1] + 2], row[image])
 
 
+def test_another_image_tag_means_the_same():
+    """Our texts say <image_placeholder>, as the released ones do, whatever a tokenizer calls it."""
+    files = {name: (GOLDEN / "tiny" / name).read_text("utf-8") for name in NAMES}
+    processor = json.loads(files["processor_config.json"])
+    renamed = Tokenizer.from_files(
+        {name: text.replace(processor["image_tag"], "<picture>") for name, text in files.items()}
+    )
+    messages = [Message("User", prompts.user_question("What?", 2)), Message("Assistant", "")]
+    released = Tokenizer.from_files(files)
+    want = prompts.understanding_tokens(released, messages, 2)
+    np.testing.assert_array_equal(prompts.understanding_tokens(renamed, messages, 2), want)
+    assert renamed.vocab_size == released.vocab_size and renamed.image_tag == "<picture>"
+
+
 @pytest.mark.parametrize("num_images", [0, 1, 2, 3])
 def test_understanding_tokens(tokenizer, num_images):
     n = tokenizer.num_image_tokens

@@ -72,24 +72,88 @@ def test_a_file_of_questions(tiny_ckpt, tmp_path, capsys):
     Image.open(REPO / "docs" / "cat.jpg").save(tmp_path / "cat.png")
     lines = [
         {"question": "What is this?", "image": "cat.png", "id": "x1"},
-        {"question": "Are these two the same picture?", "images": ["cat.png", "cat.png"]},
-        {"question": "Hello!"},
+        {"question": "Are these two the same picture?", "image": ["cat.png", "cat.png"]},
+        {"question": "Hello,\u2028you!", "image": None},
     ]
     file = tmp_path / "questions.jsonl"
-    file.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    text = "\n\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    file.write_text(text, encoding="utf-8-sig")
     args = ["--ckpt", str(tiny_ckpt), "--questions", str(file), "--max-new-tokens", "8"]
     answers = []
     for batch_size in ("2", "3"):
         out = tmp_path / f"answers{batch_size}.jsonl"
         assert sample.main([*args, "--batch-size", batch_size, "--out", str(out)]) == 0
-        answers.append([json.loads(line) for line in out.read_text("utf-8").splitlines()])
+        lines_out = out.read_text("utf-8").rstrip("\n").split("\n")
+        answers.append([json.loads(line) for line in lines_out])
     assert answers[0] == answers[1]
     assert [a["question"] for a in answers[0]] == [line["question"] for line in lines]
     assert answers[0][0]["id"] == "x1" and all(a["answer"] for a in answers[0])
+    assert not list(tmp_path.glob("*.tmp"))
     capsys.readouterr()
     assert sample.main([*args[:2], "--image", str(tmp_path / "cat.png"), *args[4:],
                         "--question", "What is this?"]) == 0  # fmt: skip
     assert capsys.readouterr().out.strip() == answers[0][0]["answer"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"question": 5}', 'expected {"question": TEXT, "image": FILE or [FILE, ...]}.'),
+        ('{"question": "x", "image": [7]}', "expected {"),
+        ('["x"]', "expected {"),
+        ("x", "expected {"),
+        ('{"question": " "}', "question is empty"),
+        ('{"question": "x", "image": "none.png"}', "there is no image file"),
+        ('{"question": "<image_placeholder> x"}', "1 <image_placeholder> but 0 images"),
+        ('{"question": "<unk>"}', "token id 512"),
+    ],
+)
+def test_a_bad_line_is_named_before_the_first_answer(tiny_ckpt, line, message, tmp_path, capsys):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "Hello!"}\n\n' + line, encoding="utf-8")
+    out = tmp_path / "out"
+    assert sample.main(["--ckpt", str(tiny_ckpt), "--questions", str(file), "--out", str(out)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"sample.py: {file}, line 3: ") and message in error
+    assert not out.exists()
+
+
+def test_answers_before_a_broken_image_are_not_lost(tiny_ckpt, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    file, out = tmp_path / "q.jsonl", tmp_path / "answers.jsonl"
+    file.write_text('{"question": "Hello!"}\n{"question": "x", "image": "broken.png"}')
+    args = ["--ckpt", str(tiny_ckpt), "--questions", str(file), "--out", str(out)]
+    assert sample.main([*args, "--batch-size", "1", "--max-new-tokens", "8"]) == 2
+    assert f"The 1 answers before it are in {out}.tmp." in capsys.readouterr().err
+    assert json.loads((tmp_path / "answers.jsonl.tmp").read_text("utf-8"))["answer"]
+
+
+def test_the_grid_shows_the_first_prompts(tiny_ckpt, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "GRID_PROMPTS", 2)
+    args = ["--ckpt", str(tiny_ckpt), "--steps", "1", "--num", "1", "--out", str(tmp_path)]
+    for prompt in "abc":
+        args += ["--prompt", prompt]
+    assert sample.main(args) == 0
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.height < 3 * 64 and image.info["prompts"] == "a\nb"
+    assert "3 images and grid.png (of the first 2 prompts)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt", "x", "--image", "cat.png"], "begins from --init-image"),
+        (["--questions", "x.jsonl", "--image", "cat.png"], "--image is what a --question is about"),
+        (["--questions", "x.jsonl", "--question", "x"], "not both"),
+        (["--prompt", "x", "--strength", "0.5"], "--strength says how much of --init-image"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--prompt", "x", "--seed", str(2**64)], "no integer of 64 bits"),
+    ],
+)
+def test_options_without_effect_are_refused(args, message, capsys):
+    with pytest.raises(SystemExit):
+        sample.main(["--ckpt", "nowhere", *args])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

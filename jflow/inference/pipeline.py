@@ -186,15 +186,8 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of the latents of an image of the model's resolution."""
-        channels = self.model.config.gen_encoder.input_channels
-        if self.vae is None and channels != PIXEL_CHANNELS:
-            raise ValueError(
-                "This checkpoint has no VAE, which generation needs: convert it again with "
-                "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
-            )
-        side = self.model.config.siglip.image_size // (self.vae.config.downscale if self.vae else 1)
-        return side, side, channels
+        """`latent_shape` of this checkpoint."""
+        return latent_shape(self.model.config, self.vae.config if self.vae else None)
 
     def _check(self, row: np.ndarray, more: int, what: str):
         language = self.model.config.language
@@ -293,19 +286,16 @@ class Pipeline:
         tokenizer, count = self.tokenizer, len(questions)
         questions = [*questions, *questions[-1:] * (self.rows(count) - count)]
         rows = [
-            prompts.understanding_tokens(tokenizer, question.messages, len(question.images))
+            self.question_tokens(question.messages, len(question.images), options)
             for question in questions
         ]
-        reserve = -(-options.max_new_tokens // DECODE_CHUNK) * DECODE_CHUNK
-        for row in rows:
-            self._check(row, reserve, "question and answer")
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
         pixels, slots = self._place_images(questions, rows, tokens.shape[1])
         ids = np.array([question.id for question in questions])
         ids, *given = map(self._place, (ids, tokens, lengths, pixels, slots))
         with self._on_mesh():
             keys = jax.vmap(lambda i: rng.fold(options.seed, "answer", i))(ids)
-            state = prefill(self.model, self.params["janusflow"], *given, reserve)
+            state = prefill(self.model, self.params["janusflow"], *given, _reserve(options))
         written = np.zeros((len(rows), 0), np.int32)
         while written.shape[1] < options.max_new_tokens:
             with self._on_mesh():
@@ -325,6 +315,18 @@ class Pipeline:
             if np.all(fetch(state.done)):
                 return
 
+    def question_tokens(
+        self, messages: Sequence[prompts.Message], num_images: int, options: AnswerOptions
+    ) -> np.ndarray:
+        """[L] a conversation's tokens, which the images are not needed for.
+
+        Raises ValueError in one sentence for what `answer` refuses.
+        """
+        row = prompts.understanding_tokens(self.tokenizer, messages, num_images)
+        what = f"question and an answer of up to {options.max_new_tokens} tokens"
+        self._check(row, _reserve(options), what)
+        return row
+
     def _place_images(
         self, questions: Sequence[Question], rows: Sequence[np.ndarray], length: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -339,6 +341,26 @@ class Pipeline:
             for i, image in enumerate(question.images):
                 pixels[b, i] = self.processor.preprocess(image)
         return pixels, slots
+
+
+def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of an image of the model's resolution.
+
+    Raises ValueError in one sentence where they need a VAE and there is none.
+    """
+    channels = config.gen_encoder.input_channels
+    if vae is None and channels != PIXEL_CHANNELS:
+        raise ValueError(
+            "This checkpoint has no VAE, which generation needs: convert it again with "
+            "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
+        )
+    side = config.siglip.image_size // (vae.downscale if vae else 1)
+    return side, side, channels
+
+
+def _reserve(options: AnswerOptions) -> int:
+    """The positions that an answer may take: decoding goes on by whole chunks."""
+    return -(-options.max_new_tokens // DECODE_CHUNK) * DECODE_CHUNK
 
 
 def until(tokens: np.ndarray, stop: int) -> np.ndarray:
