@@ -14,6 +14,7 @@ devices hold, and what one of them finds damaged is so for all.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -44,8 +45,16 @@ class DamagedError(ValueError):
     """A checkpoint that is not what was written."""
 
 
+def require_local(path: str | Path) -> None:
+    """Raises ValueError for an address such as gs://bucket/run, which Path takes for a folder."""
+    if re.match(r"\w+:/", str(path)):
+        raise ValueError(f"{path} is an address: mount it as a folder, and name that instead.")
+
+
 def require_new(path: str | Path) -> None:
-    """Raises FileExistsError for a path that is taken; an empty folder is fine."""
+    """Raises FileExistsError for a path that is taken, ValueError for one that is not local; an
+    empty folder is fine."""
+    require_local(path)
     path = Path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: choose another folder or delete it.")
@@ -199,6 +208,7 @@ def read_metadata(path: str | Path) -> tuple[dict, dict[str, str]]:
     """(config, files) of a checkpoint, without its parameters; errors as in load_checkpoint."""
     folder = find_checkpoint(path)
     with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        _verify(folder, ("config/", "files/"))
         items = ocp.args.Composite(config=ocp.args.JsonRestore(), files=ocp.args.JsonRestore())
         restored = checkpointer.restore(folder, items)
     return restored.config, restored.files
@@ -256,11 +266,12 @@ def _crc32(file: Path) -> int:
     return checksum
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
     """Raises ValueError for the first file that is not what was written; each process looks at its
-    share of the files."""
+    share of the files whose names begin with one of `parts`."""
     sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    for name, checksum in list(sums.items())[jax.process_index() :: jax.process_count()]:
+    wanted = [item for item in sums.items() if item[0].startswith(parts)]
+    for name, checksum in wanted[jax.process_index() :: jax.process_count()]:
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing.")
         if _crc32(folder / name) != checksum:

@@ -1,6 +1,8 @@
 """The checkpoints of a run: which are kept, which one a run goes back to."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
 from jflow.training import runs
 from jflow.training import state as states
 from jflow.training.config import TrainConfig
+from jflow.training.optimizer import OptimizerConfig
 from jflow.training.state import Guard
 
 CONFIG = TrainConfig(
@@ -127,6 +130,68 @@ def test_a_damaged_one_is_named_passed_and_written_anew(opened, tmp_path, capsys
     equal(saved.restore(state(0)), state(4))
 
 
+def test_where_all_are_damaged_nothing_is_begun_anew(opened, tmp_path):
+    saved = opened()
+    saved.save(state(2))
+    saved.close()
+    (tmp_path / "run" / "00000002" / "params" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(ValueError, match="00000002 is damaged .* has no other: try again, or rem"):
+        opened().restore(state(0))
+    assert runs.steps(tmp_path / "run") == [2]
+
+
+def test_a_changed_digit_in_the_config_is_damage(opened, tmp_path):
+    """It is still JSON, and would be another config."""
+    saved = opened()
+    for step in (2, 4):
+        saved.save(state(step))
+    saved.close()
+    file = tmp_path / "run" / "00000004" / "config" / "metadata"
+    changed = file.read_bytes().replace(b'"seed": 0', b'"seed": 1')
+    assert changed != file.read_bytes()
+    file.write_bytes(changed)
+    equal(opened().restore(state(0)), state(2))
+
+
+def test_what_lies_ahead_of_this_course_does_not_push_its_checkpoints_out(opened, tmp_path):
+    """A damaged one that was passed, and what a rewind left behind."""
+    saved = opened(keep=3, keep_best=False)
+    for step in (2, 4, 6):
+        saved.save(state(step))
+    saved.close()
+    (tmp_path / "run" / "00000006" / "params" / "manifest.ocdbt").write_bytes(b"")
+    saved = opened(keep=1, keep_best=False)
+    equal(saved.restore(state(0), 6), state(4))
+    saved.save(state(5))
+    saved.close()
+    assert runs.steps(tmp_path / "run") == [5]
+
+
+def test_what_a_rewind_may_go_back_to_is_kept(opened, tmp_path):
+    """The run was told to stop amid skipped steps."""
+    saved = opened(keep=1, keep_best=False)
+    saved.save(state(2))
+    saved.save(state(5).replace(skipped_in_row=jnp.int32(2)))
+    saved.close()
+    assert runs.steps(tmp_path / "run") == [5, 2]
+
+
+def test_copies_and_other_folders_are_left_alone(opened, tmp_path):
+    saved = opened(keep=1)
+    saved.save(state(2))
+    saved.close()
+    shutil.copytree(tmp_path / "run" / "00000002", tmp_path / "run" / "00000002.bak")
+    saved = opened(keep=1)
+    saved.save(state(4))
+    saved.close()
+    assert (tmp_path / "run" / "00000002.bak").is_dir() and runs.steps(tmp_path / "run")[0] == 4
+
+
+def test_an_address_is_no_run_folder():
+    with pytest.raises(ValueError, match="gs:/bucket/run is an address: mount it as a folder"):
+        runs.Checkpoints(Path("gs://bucket/run"), {}, FILES, CONFIG)
+
+
 @pytest.mark.parametrize("part", ["params", "ema", "opt_state"])
 def test_a_state_that_is_not_finite_is_never_saved(opened, tmp_path, part):
     saved = opened()
@@ -145,12 +210,22 @@ def test_another_config_is_refused_but_for_what_does_not_matter(opened):
     saved = opened()
     saved.save(state(2))
     saved.close()
-    for free in ({"steps": 200}, {"save_every": 3, "keep": 9}, {"wandb": "x", "rewind_after": 2}):
+    data = dataclasses.replace(CONFIG.data, threads=3, workers=2, max_broken_share=0.5)
+    for free in (
+        {"steps": 200},
+        {"save_every": 3, "keep": 9},
+        {"wandb": "x", "rewind_after": 2},
+        {"data": data, "remat": "none", "unroll": 2},
+        {"optimizer": OptimizerConfig(accumulate=4)},
+    ):
         equal(opened(**free).restore(state(0)), state(2))
     with pytest.raises(
         ValueError, match="trained with another repa_hidden_size, seed: use another"
     ):
         opened(seed=1, repa_hidden_size=3).restore(state(0))
+    with pytest.raises(ValueError, match="trained with another data, optimizer: use another"):
+        data = dataclasses.replace(CONFIG.data, batch_rows=3)
+        opened(data=data, optimizer=OptimizerConfig(learning_rate=1.0)).restore(state(0))
 
 
 def test_half_written_ones_are_swept_away(opened, tmp_path):

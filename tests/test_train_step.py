@@ -70,7 +70,9 @@ def test_frozen_parameters_stay_and_trainable_ones_move(stage):
         state, metrics = step(state, BATCH, optimizer=OPTIMIZER)
         history.append(metrics)
         if (i + 1) % 3 == 0:
-            ema = {k: 0.9 * v + 0.1 * np.float64(state.params[k]) for k, v in ema.items()}
+            n = int(state.step) // 3
+            decay = min(0.9, (1 + n) / (10 + n))
+            ema = {k: decay * v + (1 - decay) * np.float64(state.params[k]) for k, v in ema.items()}
     assert state.step == 20 and state.skipped == 0 and state.guard.count == 20
     assert equal(state.frozen, first.frozen)
     whole = states.parameters(state, ema=False)
@@ -249,3 +251,14 @@ def test_state_holds_frozen_parameters_once_and_masters_in_float32():
     assert state.ema.keys() == state.params.keys() and equal(state.ema, state.params)
     for path, leaf in state.params.items():
         assert leaf.unsafe_buffer_pointer() != state.ema[path].unsafe_buffer_pointer()
+
+
+def test_an_average_forgets_what_it_began_with():
+    """Stage 1's 10,000 steps average 100 times; its parameters were random before."""
+    ema, config = {"a": jnp.ones(())}, EMAConfig(decay=0.99, every=100)
+    for step in range(100, 10_001, 100):
+        ema = states.update_ema(ema, {"a": jnp.zeros(())}, jnp.int32(step), config)
+    assert ema["a"] < 1e-9
+    for options in ({"decay": 1.0}, {"every": 0}):
+        with pytest.raises(ValueError, match="ema"):
+            EMAConfig(**options)

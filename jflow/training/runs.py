@@ -5,8 +5,11 @@ ones, with the rest of the training state beside them. RUN/metrics.jsonl and RUN
 log, RUN/samples what was drawn on the way.
 """
 
+import copy
+import functools
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -21,7 +24,8 @@ from jflow.training.config import TrainConfig
 from jflow.training.optimizer import merge
 from jflow.training.state import TrainState, is_finite
 
-# What may differ between a run and its continuation without changing what is computed.
+# What may differ between a run and its continuation without changing what is computed, but for
+# the order of sums.
 FREE_FIELDS = (
     "steps",
     "log_every",
@@ -33,6 +37,14 @@ FREE_FIELDS = (
     "samples",
     "wandb",
     "mesh",
+    "remat",
+    "unroll",
+    "optimizer.accumulate",
+    "data.threads",
+    "data.prefetch",
+    "data.workers",
+    "data.max_broken_share",
+    "data.broken_check_steps",
 )
 # What averages and frozen parameters are is in the checkpoint's `params`, the rest in its `state`.
 _REST = ("step", "skipped", "skipped_in_row", "data_offset", "params", "opt_state", "guard")
@@ -40,8 +52,8 @@ _REST = ("step", "skipped", "skipped_in_row", "data_offset", "params", "opt_stat
 
 def steps(run: Path) -> list[int]:
     """The steps of a run's complete checkpoints, the latest first."""
-    found = [folder for folder in run.glob("[0-9]*") if checkpoints.is_checkpoint(folder)]
-    return sorted((int(folder.name) for folder in found), reverse=True)
+    named = [folder for folder in run.glob("[0-9]*") if folder.name.isdigit()]
+    return sorted((int(one.name) for one in named if checkpoints.is_checkpoint(one)), reverse=True)
 
 
 def folder(run: Path, step: int) -> Path:
@@ -81,7 +93,7 @@ class Checkpoints:
     def save(self, state: TrainState) -> Path:
         """Begins to write the checkpoint of the state's step; returns its folder-to-be.
 
-        Once it is written, others are removed but for the last `keep` and the best one. Raises
+        Once it is written, others are removed, see `_remove_others`. Raises
         ValueError for a state with a number that is not finite, and OSError for a checkpoint that
         cannot be written, this one or the one before.
         """
@@ -104,18 +116,21 @@ class Checkpoints:
             self._files,
             {name: getattr(state, name) for name in _REST}
             | {"lora": lora.unmerged(state.ema | state.frozen)},
-            then=self._remove_others,
+            then=partial(self._remove_others, step, step - int(state.skipped_in_row)),
         )
         self._written.add(step)
         return target
 
-    def _remove_others(self) -> None:
+    def _remove_others(self, step: int, good: int) -> None:
+        """All but the last `keep` up to `step`, the best of them, and the last one up to `good`,
+        which a rewind may go back to. What lies behind `step` is damaged, or of another course."""
         found = steps(self._run)
-        kept = set(found[: self._config.keep])
+        ours = [one for one in found if one <= step]
+        kept = {*ours[: self._config.keep], *[one for one in ours if one <= good][:1]}
         if self._config.keep_best:
-            kept.add(self.best(found))
-        for step in set(found) - kept:
-            checkpoints.remove_checkpoint(folder(self._run, step))
+            kept.add(self.best(ours))
+        for one in set(found) - kept:
+            checkpoints.remove_checkpoint(folder(self._run, one))
 
     def best(self, among: list[int]) -> int:
         """The step of the lowest smoothed training loss, the later one of equals."""
@@ -138,28 +153,37 @@ class Checkpoints:
         """The state of the last good checkpoint up to step `before`; None where there is none.
 
         A damaged checkpoint is named and the one before it used. Raises ValueError for checkpoints
-        of another config.
+        of another config, and where all of them are damaged.
 
         Args: like: a state of the same run, arrays or jax.ShapeDtypeStruct; each leaf is read to
           where it lies there (sharding.abstract), no process reads more than its devices hold.
         """
         self._writer.wait()
         self._written = set()
+        damaged = []
         for step in self._steps():
             if step <= before:
                 try:
                     found = self._read(folder(self._run, step), like)
-                    self._written.add(step)
-                    return found
                 except checkpoints.DamagedError as error:
-                    if distributed.is_first():
-                        print(f"{error} Going on from the checkpoint before it.", file=sys.stderr)
+                    damaged.append(str(error))
+                    continue
+                self._written.add(step)
+                if damaged and distributed.is_first():
+                    print(*damaged, f"Going on from step {step}.", file=sys.stderr)
+                return found
+        if damaged:
+            # To begin anew would write over what may only be out of reach for a moment.
+            raise ValueError(
+                " ".join(damaged) + f" {self._run} has no other: try again, or remove what is "
+                f"damaged there to begin anew."
+            )
         return None
 
     def _read(self, path: Path, like: TrainState) -> TrainState:
         ours, _ = checkpoints.read_metadata(path)
-        now, then = to_dict(self._config), ours["train"]
-        changed = [name for name in now if name not in FREE_FIELDS and now[name] != then.get(name)]
+        now, then = (_fixed(config) for config in (to_dict(self._config), ours["train"]))
+        changed = [name for name in now if now[name] != then.get(name)]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}: use another --run folder, "
@@ -186,8 +210,18 @@ class Checkpoints:
         )
 
 
+def _fixed(config: dict) -> dict:
+    """A config as `to_dict` gives it, without FREE_FIELDS."""
+    config = copy.deepcopy(config)
+    for name in FREE_FIELDS:
+        *groups, last = name.split(".")
+        functools.reduce(lambda node, group: node.get(group, {}), groups, config).pop(last, None)
+    return config
+
+
 def _prepare(run: Path) -> None:
     """Makes a run folder that can be written, and removes what unfinished saves left in it."""
+    checkpoints.require_local(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".writable"

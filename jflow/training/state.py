@@ -17,6 +17,12 @@ class EMAConfig:
     decay: float = 0.99
     every: int = 100
 
+    def __post_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"ema.decay must be in [0, 1), not {self.decay}.")
+        if self.every < 1:
+            raise ValueError(f"ema.every must be at least 1, not {self.every}.")
+
 
 @flax.struct.dataclass
 class Guard:
@@ -97,12 +103,17 @@ def is_finite(state: TrainState) -> jax.Array:
 def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> dict:
     """decay * ema + (1 - decay) * params, at each `every`-th step only.
 
+    The n-th of these has (1 + n) / (10 + n) for a larger decay: stage 1 has but 100 of them, whose
+    average would be a third of what parameters were at random.
+
     Args:
       step: how many batches the params have seen, this one included.
     """
+    n = step // config.every
+    decay = jnp.minimum(config.decay, (1 + n) / (10 + n))
 
     def average(old, new):
-        return jax.tree.map(lambda a, b: config.decay * a + (1 - config.decay) * b, old, new)
+        return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
     return jax.lax.cond(step % config.every == 0, average, lambda old, new: old, ema, params)
 
