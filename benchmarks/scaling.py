@@ -151,7 +151,9 @@ def main() -> None:
     args = parser.parse_args()
     model = smaller(RELEASED) if args.small else RELEASED
     target = RESULTS / f"scaling_{args.chip}{'_small' if args.small else ''}.json"
-    rows = json.loads(target.read_text("utf-8"))["rows"] if target.exists() else []
+    stored = json.loads(target.read_text("utf-8")) if target.exists() else {}
+    # Chips with more rows each are another table.
+    rows = stored["rows"] if stored.get("rows_a_chip") == args.rows else []
     for chips in args.chips:
         found = measure(args.chip, chips, args.fsdp or chips, args.rows, model)
         print(json.dumps(found), file=sys.stderr, flush=True)

@@ -101,6 +101,7 @@ def cudnn_calls(monkeypatch):
         return real(q, k, v, mask=mask, implementation="xla")
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(module, "gpu_generation", lambda: 8.0)
     return calls
 
 
@@ -181,8 +182,11 @@ def test_gpu_cudnn_behind_a_prefix_and_without_mask_equals_xla():
 
 
 def test_choice_follows_platform_and_shape(monkeypatch):
-    def chosen(platform, length=512, width=128, dtype=jnp.bfloat16, ids=True, cached=False):
+    def chosen(
+        platform, length=512, width=128, dtype=jnp.bfloat16, ids=True, cached=False, gpu=8.0
+    ):
         monkeypatch.setattr(module, "platform", lambda: platform)
+        monkeypatch.setattr(module, "gpu_generation", lambda: gpu)
         q = jax.ShapeDtypeStruct((1, length, 2, width), dtype)
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if ids else None
         return choose(q, q, ids, "a cache" if cached else None, "auto")
@@ -197,6 +201,9 @@ def test_choice_follows_platform_and_shape(monkeypatch):
         for odd in (dict(dtype=jnp.float32), dict(width=512), dict(width=36), dict(length=1),
                     dict(length=577, ids=False)):  # fmt: skip
             assert chosen(platform, **odd) == "xla", odd
+        # A wide head is for Hopper, and nothing for a T4.
+        assert chosen(platform, width=256, gpu=9.0) == "cudnn"
+        assert chosen(platform, width=256, gpu=8.9) == chosen(platform, gpu=7.5) == "xla"
 
 
 def test_platform_is_that_of_the_mesh_in_use():

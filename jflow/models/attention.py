@@ -33,6 +33,8 @@ Implementation = Literal["auto", "xla", "splash", "cudnn"]
 
 # Queries behind each other in one block, and how many may be computed at once without blocks.
 BLOCK, DENSE = 512, 1024
+# Compute capabilities: cuDNN has kernels for packed rows from Hopper on, and none before Ampere.
+AMPERE, HOPPER = 8, 9
 # A segment that no token has: of padding.
 NOBODY = -1
 
@@ -72,7 +74,7 @@ def attention(
     if chosen == "splash":
         return _splash(q, k, v, segment_ids)
     if chosen == "cudnn":
-        if segment_ids is not None and segments and hopper():
+        if segment_ids is not None and segments and gpu_generation() >= HOPPER:
             return _cudnn_packed(q, k, v, segment_ids, segments)
         return _cudnn(q, k, v, segment_ids)
     if segment_ids is None:
@@ -100,18 +102,19 @@ def choose(
             return "xla"
     if implementation == "splash" and segment_ids is not None and cache is None:
         return "splash"
-    # cuDNN: 16 bits, D a multiple of 8 up to 256; its backward pass wants even T and S.
-    sixteen = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 256
+    if implementation != "cudnn" or queries == 1 or isinstance(cache, KVCache):
+        return "xla"
+    # cuDNN: 16 bits, D a multiple of 8 up to some width; its backward pass wants even T and S.
+    generation = gpu_generation()
+    widest = 256 if generation >= HOPPER else 128 if generation >= AMPERE else 0
+    sixteen = q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= widest
     even = segment_ids is not None or (queries % 2 == 0 and k.shape[1] % 2 == 0)
-    cached = isinstance(cache, KVCache)
-    if implementation == "cudnn" and queries > 1 and sixteen and even and not cached:
-        return "cudnn"
-    return "xla"
+    return "cudnn" if sixteen and even else "xla"
 
 
-def hopper() -> bool:
-    """Is this machine's GPU of a kind for which cuDNN has kernels for packed rows?"""
-    return float(jax.local_devices(backend="gpu")[0].compute_capability) >= 9
+def gpu_generation() -> float:
+    """The compute capability of this machine's GPUs."""
+    return float(jax.local_devices(backend="gpu")[0].compute_capability)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:

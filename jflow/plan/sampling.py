@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jflow.inference.image import decode_latents, sample_latents
-from jflow.inference.pipeline import PROMPT_BUCKET, VAE_BATCH, ImageOptions
+from jflow.inference.pipeline import PROMPT_BUCKET, VAE_BATCH, ImageOptions, latent_shape
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig
@@ -92,9 +92,11 @@ def tell(
 
     Args: as of sample.py; for a checkpoint that is not there the released model is taken.
 
-    Raises ValueError in one sentence for an unknown topology, for a compiler that is not installed
-    and for a mesh that does not fit.
+    Raises ValueError in one sentence for an unknown topology, for a compiler that is not installed,
+    for a mesh that does not fit, for a checkpoint that cannot draw and for a guidance interval.
     """
+    if options.guidance_interval is not None:
+        raise ValueError("A plan counts guidance at every step: leave --guidance-interval out.")
     place = topology.parse(name)
     mesh = make_mesh(mesh_config, topology.devices(place))
     models, params, found = abstract.begin(ckpt)
@@ -109,8 +111,7 @@ def tell(
         print(line)
 
     vae = VAEConfig.from_hf(models["vae"]) if models.get("vae") else None
-    size = config.siglip.image_size
-    side = size // (vae.downscale if vae else 1)
+    side = latent_shape(config, vae)[0]
     multiple = row_multiple(mesh)
     rows = -(-batch_size // multiple) * multiple
     model = JanusFlow(config, Precision(param=dtype, compute=dtype), attention=attention(place))
@@ -124,7 +125,7 @@ def tell(
         decoder = AutoencoderKL(vae, dtype=dtype, param_dtype=dtype)
         with jax.set_mesh(mesh):
             lowered = decode_latents.lower(decoder, params["vae"], latents)
-        formula = some * flops.vae_decode_flops(vae, size)
+        formula = some * flops.vae_decode_flops(vae, config.siglip.image_size)
         time += _part(f"pixels of {some} images", lowered, formula, some, params, place)
     if time == float("inf"):
         print(

@@ -97,9 +97,13 @@ def _tpu(topology: Topology) -> list[jax.Device]:
     ):
         os.environ.setdefault(name, value)
     more = {"chips_per_host_bounds": (1, 1, 1)} if topology.count == 1 else {}
-    return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{topology.chip}:{topology.shape}", **more
-    ).devices
+    name = f"{topology.chip}:{topology.shape}"
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **more).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"The TPU compiler knows no slice {name}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _gpu(topology: Topology) -> list[jax.Device]:
