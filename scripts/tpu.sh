@@ -25,39 +25,71 @@ create() {
 }
 
 install() {
-    local archive
-    archive=$(mktemp --suffix .tar.gz)
-    git archive --format tar.gz --output "$archive" HEAD
-    "${tpu[@]}" scp "$archive" "$TPU:jflow.tar.gz" "${every[@]}"
-    rm "$archive"
+    local folder
+    folder=$(mktemp -d)
+    git archive --format tar.gz --output "$folder/jflow.tar.gz" HEAD
+    "${tpu[@]}" scp "$folder/jflow.tar.gz" "$TPU:jflow.tar.gz" "${every[@]}"
+    rm -r "$folder"
+    # The hosts' own Python may be older than what jflow needs; uv brings another.
     on_all "mkdir -p jflow && tar -xzf jflow.tar.gz -C jflow && cd jflow &&
-        python3 -m venv .venv && .venv/bin/pip install --quiet -e '.[tpu,gcs]' && ${MOUNT:-true}"
+        python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH &&
+        uv venv --quiet --allow-existing --python '>=3.11' .venv &&
+        uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]' && ${MOUNT:-true}"
 }
 
 train() {
-    # It goes on without this connection; the number of the loop is kept for `stop`.
-    on_all "cd jflow && { setsid nohup scripts/until_done.sh .venv/bin/python train.py $(
-        printf '%q ' "$@"
-    ) >>train.log 2>&1 </dev/null & echo \$! >train.pid; }"
+    # It goes on without this connection; `stop` needs the loop's number, `keep` how it ended.
+    on_all "cd jflow && rm -f train.pid train.status && { setsid nohup bash -c '
+        scripts/until_done.sh \"\$@\" & echo \$! >train.pid; wait \$!; echo \$? >train.status
+    ' - .venv/bin/python train.py $(printf '%q ' "$@") >>train.log 2>&1 </dev/null & }"
 }
 
-state() { "${tpu[@]}" describe "$TPU" --zone "$ZONE" --format 'value(state)' 2>/dev/null || true; }
+# The slice's state, "gone" where there is none, nothing where nobody could say.
+state() {
+    local said
+    if said=$("${tpu[@]}" describe "$TPU" --zone "$ZONE" --format 'value(state)' 2>&1); then
+        echo "$said"
+    elif [[ $said == *NOT_FOUND* ]]; then
+        echo gone
+    fi
+}
+
+# How host 0's loop ended: "running", its exit status, "none" where it was never begun, nothing
+# where nobody could say.
+ended() {
+    "${tpu[@]}" ssh "$TPU" --zone "$ZONE" --worker 0 --command "
+        cd jflow; if kill -0 \$(cat train.pid); then echo running
+        else cat train.status || echo none; fi" 2>/dev/null
+}
 
 keep() {
-    local options=()
+    local options=() status
     while [ $# -gt 0 ] && [ "$1" != -- ]; do
         options+=("$1")
         shift
     done
     shift
     while true; do
-        if [ "$(state)" != READY ]; then
+        case $(state) in
+        PREEMPTED | TERMINATED | gone)
             "${tpu[@]}" delete "$TPU" --zone "$ZONE" --quiet 2>/dev/null || true
-            if create "${options[@]}" && install; then
-                train "$@" || true
-            fi
-        fi
-        sleep 120
+            # macOS's bash takes an empty array for an unbound one.
+            create ${options[@]+"${options[@]}"} || true
+            ;;
+        READY)
+            status=$(ended || true)
+            case $status in
+            running | '') ;;
+            none | 75) install && train "$@" || true ;; # 75: told to stop, as before it is taken away
+            *)
+                echo "tpu.sh: training ended with $status (scripts/tpu.sh log); the slice is still" \
+                    "rented: scripts/tpu.sh delete gives it back" >&2
+                return "$status"
+                ;;
+            esac
+            ;;
+        esac
+        sleep "${PAUSE:-120}"
     done
 }
 

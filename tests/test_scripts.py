@@ -118,6 +118,44 @@ def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
     assert tpu("fly").returncode == 2
 
 
+def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_path):
+    """Training is taken away once, then ends well. A service that does not answer takes nothing."""
+    put(
+        tmp_path / "bin" / "gcloud",
+        f"""cd {tmp_path}; echo "$4" >> calls
+        case $4 in
+        describe)
+            [ $(grep -c describe calls) != 3 ] || {{ echo "503" >&2; exit 1; }}
+            cat state 2>/dev/null || {{ echo "NOT_FOUND: no slice" >&2; exit 1; }} ;;
+        create) echo READY > state ;;
+        delete) rm -r state jflow ;;
+        scp) cp "$5" jflow.tar.gz ;;
+        ssh) while [ $# -gt 0 ]; do [ "$1" != --command ] || eval "$2"; shift; done ;;
+        esac""",
+    )
+    put(tmp_path / "bin" / "python3", "")
+    run = f"""echo "$@" >> {tmp_path}/runs
+    [ $(wc -l < {tmp_path}/runs) != 1 ] || {{ echo PREEMPTED > {tmp_path}/state; exit 75; }}"""
+    put(tmp_path / "run", run)
+    put(
+        tmp_path / "bin" / "uv",
+        f"[ $1 = pip ] || {{ mkdir -p .venv/bin && cp {tmp_path}/run .venv/bin/python; }}",
+    )
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    settings = {"TPU": "slice", "ZONE": "z", "TYPE": "t", "RUNTIME": "r", "PATH": path}
+    done = subprocess.run(
+        [str(REPO / "scripts" / "tpu.sh"), "keep", "--", "--config", "a b.py"],
+        env=os.environ | settings | {"PAUSE": "1"},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "training ended with 0" in done.stderr and "still rented" in done.stderr
+    assert (tmp_path / "runs").read_text() == "train.py --config a b.py\n" * 2
+    calls = (tmp_path / "calls").read_text().split()
+    # The first delete is of what is not there; both come before the slice is made.
+    assert [call for call in calls if call in ("create", "delete")] == ["delete", "create"] * 2
+
+
 @pytest.mark.parametrize(
     "sent, status, requeued",
     [
