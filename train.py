@@ -311,6 +311,15 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(
+            "train.py: out of memory; raise optimizer.accumulate, set remat=full, or lower "
+            "data.batch_rows, then give the same command again.",
+            file=sys.stderr,
+        )
+        return 2
     if step >= config.steps:
         return 0
     if distributed.is_first():

@@ -29,13 +29,18 @@ ALIGNERS = (
 ALL = tuple(pattern for pattern in PRETRAINING if pattern != "repa/")
 
 
+def _file(folder: str, name: str) -> str:
+    array = f"{folder}/{name}.json"
+    return array if epath.Path(array).exists() else f"{array}l"
+
+
 def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
-    captions, conversations = f"{folder}/captions.json*", f"{folder}/conversations.json*"
+    captions, conversations = (_file(folder, name) for name in ("captions", "conversations"))
     sources = (
         SourceConfig("understanding", "jsonl", captions),
         SourceConfig("generation", "jsonl", captions),
     )
-    if list(epath.Path(folder).glob("conversations.json*")):
+    if epath.Path(conversations).exists():
         sources += (SourceConfig("understanding", "jsonl", conversations),)
     return TrainConfig(
         name="finetune",

@@ -12,7 +12,7 @@ import runpy
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -67,6 +67,10 @@ def _replace(node: Any, names: Sequence[str], text: str, assignment: str) -> Any
         if name not in fields:
             raise ValueError(f"{assignment}: there is no field {name!r}{_nearest(name, fields)}.")
         value = _replace(getattr(node, name), rest, text, assignment)
+        kind = typing.get_type_hints(type(node))[name]
+        if not _fits(value, kind):
+            wanted = kind.__name__ if dataclasses.is_dataclass(kind) else kind
+            raise ValueError(f"{assignment}: {name} is of type {wanted}.")
         return dataclasses.replace(node, **{name: value})
     if isinstance(node, tuple):
         if not name.isdigit() or int(name) >= len(node):
@@ -75,6 +79,24 @@ def _replace(node: Any, names: Sequence[str], text: str, assignment: str) -> Any
         entries[int(name)] = _replace(entries[int(name)], rest, text, assignment)
         return tuple(entries)
     raise ValueError(f"{assignment}: {node!r} has no fields.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Is this a value of a field annotated so?"""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        return True  # The dataclass itself says which there are.
+    if typing.get_origin(kind) is tuple:
+        if arguments[-1] is Ellipsis:
+            arguments = arguments[:1] * len(value) if isinstance(value, tuple) else ()
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(arguments)
+            and all(map(_fits, value, arguments))
+        )
+    if arguments:  # of a union
+        return any(_fits(value, one) for one in arguments)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:

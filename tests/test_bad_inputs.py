@@ -79,6 +79,14 @@ def test_unknown_field(refused):
     assert "did you mean 'every'?" in refused("samples.evry=1")
 
 
+def test_out_of_memory(refused, monkeypatch):
+    def run(*given):
+        raise MemoryError
+
+    monkeypatch.setattr(train, "run", run)
+    assert "out of memory; raise optimizer.accumulate" in refused()
+
+
 def test_read_only_folder(refused, tmp_path):
     """As root, whom no mode keeps out, a folder in which the kernel lets nobody write."""
     folder = tmp_path / "locked"

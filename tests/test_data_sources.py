@@ -214,6 +214,9 @@ def test_webdataset_groups_members_by_key(tmp_path):
         "s/0001.txt": "eine Blüte".encode(),
         "s/0002.json": json.dumps({"caption": "from json", "width": 3}).encode(),
         "s/0002.png": png((2, 0, 0)),
+        # LLaVA's: the name of the image beside it is no image of its own.
+        "s/0003.jpg": png((4, 0, 0)),
+        "s/0003.json": json.dumps({"image": "0003.jpg", "images": ["0003.jpg"]}).encode(),
     }
     write_tar(tmp_path / "0.tar", first)
     write_tar(tmp_path / "1.tar", {"s/0001.png": png((3, 0, 0)), "s/0001.txt": b"other shard"})
@@ -221,9 +224,10 @@ def test_webdataset_groups_members_by_key(tmp_path):
     assert [source[i] for i in range(len(source))] == [
         {"caption": "eine Blüte", "images": [png((1, 0, 0))]},
         {"caption": "from json", "images": [png((2, 0, 0))]},
+        {"images": [png((4, 0, 0))]},
         {"caption": "other shard", "images": [png((3, 0, 0))]},
     ]
-    assert source.name(2) == f"{tmp_path / '1.tar'} s/0001"
+    assert source.name(3) == f"{tmp_path / '1.tar'} s/0001"
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
 
@@ -323,6 +327,7 @@ def test_unknown_fields(tmp_path, pictures):
         (b'{"text": "\xff\xfe"}', "not valid JSON"),
         (b'{"text": "half \\ud83d"}', "not UTF-8"),
         (b'{"image": 5}', "its image is int"),
+        (b'{"conversations": {"id": 5}}', "its conversations are no list of turns"),
     ],
 )
 def test_broken_lines(tmp_path, line, reason):
@@ -331,6 +336,14 @@ def test_broken_lines(tmp_path, line, reason):
     assert source[0] == {"text": "good"}
     with pytest.raises(ValueError, match=reason):
         source[1]
+
+
+def test_brackets_in_a_folder_are_no_pattern(tmp_path):
+    folder = tmp_path / "photos [2024]"
+    folder.mkdir()
+    write_lines(folder / "a.jsonl", [{"text": "x"}])
+    for path in (folder, folder / "*.jsonl", folder / "a.jsonl"):
+        assert open_source("jsonl", str(path))[0] == {"text": "x"}
 
 
 def test_missing_image_file(tmp_path):

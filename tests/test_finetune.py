@@ -137,9 +137,9 @@ def test_the_folder_is_one_override(pictures, tmp_path):
     config = load(CONFIG, [f"folder={pictures}", "optimizer.warmup_steps=7"])
     tasks = [(source.task, source.path[len(str(pictures)) :]) for source in config.data.sources]
     assert tasks == [
-        ("understanding", "/captions.json*"),
-        ("generation", "/captions.json*"),
-        ("understanding", "/conversations.json*"),
+        ("understanding", "/captions.jsonl"),
+        ("generation", "/captions.jsonl"),
+        ("understanding", "/conversations.json"),
     ]
     assert config.lora is not None and config.optimizer.warmup_steps == 7
     plain = load(CONFIG, [f"folder={tmp_path}", "lora=false"])
@@ -151,6 +151,6 @@ def test_the_folder_is_one_override(pictures, tmp_path):
 def test_a_folder_without_captions_is_one_sentence(tiny_ckpt, tmp_path, capsys):
     arguments = ["--config", CONFIG, "--run", str(tmp_path / "run"), f"init_from={tiny_ckpt}"]
     assert train.main([*arguments, f"folder={tmp_path}"]) == 2
-    assert f"no .jsonl file at {tmp_path}/captions.json*" in capsys.readouterr().err
+    assert f"no .jsonl file at {tmp_path}/captions.jsonl" in capsys.readouterr().err
     assert train.main([*arguments, "lora=perhaps"]) == 2
     assert "'perhaps' cannot be read as bool" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from jflow.data.mixture import (
     DataConfig,
     MixtureConfig,
     SourceConfig,
+    WindowConfig,
     batch_rows,
     count_streams,
     interleave,
@@ -81,11 +82,20 @@ def test_interleaving_is_exact_and_numbers_each_stream(weights):
         ({"mixture": (MixtureConfig(0, 0, 0, 0),)}, "not all of them 0"),
         ({"mixture": (MixtureConfig(0, -1, 2, 0),)}, "at least 0"),
         ({"sources": ()}, "a share of generation, but no source"),
+        ({"batch_rows": 0}, "batch_rows must be at least 1"),
+        ({"broken_check_steps": 0}, "broken_check_steps must be at least 1"),
     ],
 )
 def test_configs_without_sense(change, reason):
     with pytest.raises(ValueError, match=reason):
         dataclasses.replace(PAPER, **change)
+
+
+def test_more_parts_than_rows_are_refused():
+    with pytest.raises(ValueError, match="512 rows cannot be cut into 1024 parts"):
+        part_sizes(PAPER, 0, 1024)
+    with pytest.raises(ValueError, match="at least 1 of each"):
+        WindowConfig(8, 0)
 
 
 def test_sources_without_sense():

@@ -47,6 +47,12 @@ def _cache(args: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m jflow.data",
@@ -67,14 +73,15 @@ def main(argv: list[str] | None = None) -> int:
 
     checker = commands.add_parser("check", help="what a config will train on, before it does")
     checker.add_argument("--out", type=Path, help="folder to write; default: the run folder")
-    checker.add_argument("--records", type=int, default=1000, help="to read of each source")
-    checker.add_argument("--windows", type=int, default=8, help="to pack of each task")
-    checker.add_argument("--batches", type=int, default=1000, help="to count the mixture over")
+    count = checker.add_argument
+    count("--records", type=_positive, default=1000, help="to read of each source")
+    count("--windows", type=_positive, default=8, help="to pack of each task")
+    count("--batches", type=_positive, default=1000, help="to count the mixture over")
     checker.set_defaults(run=_check)
 
     writer = commands.add_parser("cache", help="encode the images to generate once for all epochs")
     writer.add_argument("--out", required=True, help="folder to make")
-    writer.add_argument("--batch", type=int, default=16, help="crops to encode at a time")
+    writer.add_argument("--batch", type=_positive, default=16, help="crops to encode at a time")
     writer.set_defaults(run=_cache)
 
     for command in (checker, writer):

@@ -59,6 +59,10 @@ class WindowConfig:
     samples: int
     rows: int
 
+    def __post_init__(self):
+        if min(self.samples, self.rows) < 1:
+            raise ValueError(f"A window needs samples and rows, at least 1 of each: {self}.")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -102,6 +106,9 @@ class DataConfig:
         return self.samples_per_row + 1
 
     def __post_init__(self):
+        for name in ("batch_rows", "broken_check_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
         starts = [phase.from_step for phase in self.mixture]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError("The mixture's phases must start at step 0 and rise in from_step.")
@@ -169,8 +176,13 @@ def part_sizes(config: DataConfig, step: int, row_multiple: int) -> tuple[int, i
     """Rows of a batch's TextRows and ImageRows, the same at all steps of a phase.
 
     Where a share of the batch is no whole number, or no multiple of row_multiple, the last rows
-    are empty.
+    are empty. Raises ValueError where most of them would be.
     """
+    if row_multiple > config.batch_rows:
+        raise ValueError(
+            f"A batch of {config.batch_rows} rows cannot be cut into {row_multiple} parts, of "
+            f"devices times optimizer.accumulate: lower accumulate, or raise data.batch_rows."
+        )
     phase = [phase for phase in config.mixture if phase.from_step <= step][-1]
     generation = _shares(phase)[0]
     shares = (sum(_shares(phase)) - generation, generation)

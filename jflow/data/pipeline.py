@@ -14,6 +14,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -194,6 +195,11 @@ class Loader:
                 itertools.count(start * self._jobs_per_step),
                 self._config.prefetch,
             )
+        except BrokenProcessPool as error:
+            raise OSError(
+                "A process that made batches has died, mostly for want of memory: lower "
+                "data.workers or data.prefetch, and give the same command again."
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -337,6 +343,6 @@ def _check_broken(broken: list[str], samples: int, limit: float) -> None:
         more = len(different) - _BROKEN_LISTED
         raise ValueError(
             f"{len(broken)} of {samples} samples come from broken records, more than "
-            f"max_broken_share {limit:.2%} allows: repair or remove them.\n  {listed}"
+            f"max_broken_share {limit:.2%} allows: repair them, or raise it.\n  {listed}"
             + (f"\n  and {more} more" if more > 0 else "")
         )

@@ -24,6 +24,8 @@ def to_record(raw: Any, fields: Mapping[str, str], folder: epath.Path | None) ->
     record = {name: _plain(value) for name, value in found.items()}
     turns = record.get("conversations")
     if isinstance(turns, Mapping):  # TFDS turns a list of turns into turns of lists.
+        if not all(isinstance(values, list) for values in turns.values()):
+            raise ValueError("its conversations are no list of turns")
         pairs = zip(*turns.values(), strict=True)
         record["conversations"] = [dict(zip(turns, turn, strict=True)) for turn in pairs]
     images = [_image(value, folder) for value in images if value is not None and value != ""]

@@ -257,13 +257,14 @@ class WebdatasetSource:
         (number, _), places = self._members[index]
         raw: dict[str, Any] = {}
         with self._files[number].open("rb") as tar:
-            for suffix, (offset, size) in sorted(places.items()):
+            # The .json first: names of images in it are of those that lie beside it.
+            for suffix, (offset, size) in sorted(places.items(), key=lambda x: (x[0] != "json", x)):
                 tar.seek(offset)
                 data = tar.read(size)
                 if len(data) < size:
                     raise ValueError(f"its .{suffix} is cut off")
                 if suffix in _IMAGE_SUFFIXES:
-                    raw["image"] = data
+                    raw |= {"image": data, "images": None}
                 elif suffix == "txt":
                     raw["caption"] = decode(data)
                 elif suffix == "json":
@@ -280,9 +281,9 @@ def _find_files(path: str, suffix: str) -> list[epath.Path]:
     try:
         place = epath.Path(path)
         if "*" in path:
-            files = sorted(place.parent.glob(place.name))
+            files = _glob(place.parent, place.name)
         elif place.is_dir():
-            files = sorted(place.glob(f"*{suffix}"))
+            files = _glob(place, f"*{suffix}")
         else:
             files = [place] if place.exists() else []
         if not files:
@@ -293,6 +294,11 @@ def _find_files(path: str, suffix: str) -> list[epath.Path]:
     except ImportError as error:
         raise ValueError(f"{path} needs a package that is missing: {error}.") from error
     return files
+
+
+def _glob(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    """A folder's files of a pattern, sorted; brackets in the folder's own name are no pattern."""
+    return sorted(epath.Path(str(folder).replace("[", "[[]")).glob(pattern))
 
 
 def _is_array(file: epath.Path) -> bool:

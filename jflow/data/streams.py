@@ -74,7 +74,9 @@ class TaskStream:
                 raise ValueError(f"it has {len(example.slots)} images, images_per_row is {limit}")
             return example
         except (ValueError, FileNotFoundError) as error:
-            return f"{self.sources[which].name(index)}: {error}"
+            where = f"{self.sources[which].name(index)}: {error}"
+            # Names of files may hold what no terminal can print.
+            return where.encode("utf-8", "backslashreplace").decode()
 
     def window_examples(self, number: int) -> tuple[list[int], list[Example], list[str]]:
         """A window's usable samples, with their positions, and what is broken in it."""

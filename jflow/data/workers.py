@@ -36,7 +36,8 @@ def ahead(submit: Callable[[S], Future[T]], jobs: Iterable[S], count: int) -> It
 
 def in_processes(make: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
     """`map` by all cores, where there is enough for each of them; `make` is to be pickled."""
-    workers = min(len(os.sched_getaffinity(0)), len(items) // (8 * _CHUNK))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores or 1, len(items) // (8 * _CHUNK))
     if workers < 2:
         yield from map(make, items)
         return

@@ -25,7 +25,7 @@ Sums = dict[str, tuple[jax.Array, jax.Array]]
 class ObjectiveConfig:
     """Numbers of the losses; where the paper prints none, reference.md section 9's.
 
-    Raises ValueError for an unknown time_density.
+    Raises ValueError for an unknown time_density, and for an ar_chunk below 1.
     """
 
     # The paper's sum of the three has no coefficients.
@@ -45,6 +45,8 @@ class ObjectiveConfig:
             raise ValueError(
                 f"time_density must be logit_normal or uniform, not {self.time_density!r}."
             )
+        if self.ar_chunk < 1:
+            raise ValueError(f"ar_chunk must be at least 1, not {self.ar_chunk}.")
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay[0] < self.decay[1]:
             raise ValueError(f"decay must be (first, last) update, not {self.decay}.")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, not {self.accumulate}.")
 
 
 def learning_rate(config: OptimizerConfig, updates: jax.Array) -> jax.Array:
