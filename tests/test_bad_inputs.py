@@ -64,7 +64,7 @@ def test_broken_records_beyond_the_share_stop_the_run_with_their_list(
     record = {name: cat.get(value, value) for name, value in record.items()}
     (tmp_path / "captions.jsonl").write_text((json.dumps(record) + "\n") * 3, encoding="utf-8")
     said = refused("data.max_broken_share=0.0")
-    assert "samples come from broken records" in said and "repair or remove them" in said
+    assert "samples come from broken records" in said and "repair them, or raise it" in said
     assert "captions.jsonl" in said.splitlines()[1] and reason in said.splitlines()[1]
 
 
