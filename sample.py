@@ -237,12 +237,12 @@ def read_questions(path: str, pipeline: Pipeline, options: AnswerOptions) -> Ite
             text, files = record["question"], record.get("images", record.get("image")) or []
             files = [files] if isinstance(files, str) else files
             files = tuple(Path(path).parent / name for name in files)
-            messages = Message("User", user_question(text, len(files))), Message("Assistant", "")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(text, str):
+                raise TypeError(type(text))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected {QUESTION_FORM}.") from error
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
         try:
+            messages = Message("User", user_question(text, len(files))), Message("Assistant", "")
             pipeline.question_tokens(messages, len(files), options)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
