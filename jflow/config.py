@@ -69,7 +69,7 @@ def _replace(node: Any, names: Sequence[str], text: str, assignment: str) -> Any
         value = _replace(getattr(node, name), rest, text, assignment)
         kind = typing.get_type_hints(type(node))[name]
         if not _fits(value, kind):
-            wanted = kind.__name__ if dataclasses.is_dataclass(kind) else kind
+            wanted = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"{assignment}: {name} is of type {wanted}.")
         return dataclasses.replace(node, **{name: value})
     if isinstance(node, tuple):

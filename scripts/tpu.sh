@@ -46,12 +46,13 @@ train() {
 
 # The slice's state, "gone" where there is none, nothing where nobody could say.
 state() {
-    local said
-    if said=$("${tpu[@]}" describe "$TPU" --zone "$ZONE" --format 'value(state)' 2>&1); then
-        echo "$said"
-    elif [[ $said == *NOT_FOUND* ]]; then
+    local errors
+    errors=$(mktemp)
+    if ! "${tpu[@]}" describe "$TPU" --zone "$ZONE" --format 'value(state)' 2>"$errors" &&
+        grep -q NOT_FOUND "$errors"; then
         echo gone
     fi
+    rm "$errors"
 }
 
 # How host 0's loop ended: "running", its exit status, "none" where it was never begun, nothing

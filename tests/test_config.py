@@ -73,6 +73,7 @@ def test_overrides(assignment, read):
         ("stages.0.steps.x=1", "has no fields"),
         ("stages.0.optimizer.betas=(0.9,)", "betas is of type tuple[float, float]"),
         ("stages=(1, 2)", "stages is of type tuple["),
+        ("stages.0.steps=None", "steps is of type int."),
         ("stages.0.steps", "write field=value"),
     ],
 )

@@ -126,6 +126,7 @@ def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_pat
         case $4 in
         describe)
             [ $(grep -c describe calls) != 3 ] || {{ echo "503" >&2; exit 1; }}
+            echo "WARNING: an old gcloud" >&2
             cat state 2>/dev/null || {{ echo "NOT_FOUND: no slice" >&2; exit 1; }} ;;
         create) echo READY > state ;;
         delete) rm -r state jflow ;;

@@ -297,8 +297,11 @@ def _find_files(path: str, suffix: str) -> list[epath.Path]:
 
 
 def _glob(folder: epath.Path, pattern: str) -> list[epath.Path]:
-    """A folder's files of a pattern, sorted; brackets in the folder's own name are no pattern."""
-    return sorted(epath.Path(str(folder).replace("[", "[[]")).glob(pattern))
+    """A folder's files of a pattern, sorted; brackets in the name of one that is there are no
+    pattern."""
+    if folder.exists():
+        folder = epath.Path(str(folder).replace("[", "[[]"))
+    return sorted(folder.glob(pattern))
 
 
 def _is_array(file: epath.Path) -> bool:
