@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 from jflow import images
-from jflow.compilation import CompileStats, enable_cache
+from jflow.compilation import CompileStats, enable_cache, out_of_memory
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
 from jflow.plan import sampling
 from jflow.prompts import Message, user_question
@@ -106,6 +106,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--strength says how much of --init-image is kept: give one.")
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1.")
+    if args.strength is None:
+        args.strength = 0.6 if args.init_image else 1.0
     return args
 
 
@@ -157,7 +159,7 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
         shift=args.shift,
         guidance_interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         official_rounding=args.official_rounding,
-        strength=(0.6 if args.strength is None else args.strength) if args.init_image else 1.0,
+        strength=args.strength,
     )
 
 
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         print(
             "sample.py: out of memory; lower --batch-size, or use --dtype bfloat16.",

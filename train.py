@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from jflow import checkpoints, distributed, sharding
 from jflow.batch import Batch
-from jflow.compilation import enable_cache
+from jflow.compilation import enable_cache, out_of_memory
 from jflow.config import load, to_dict
 from jflow.data.cache import ImageCache
 from jflow.data.encode import open_cache
@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         print(
             "train.py: out of memory; raise optimizer.accumulate, set remat=full, or lower "

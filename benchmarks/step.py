@@ -25,6 +25,7 @@ import numpy as np
 from report import origin, step_table, write_json
 
 from jflow.batch import Batch, ImageRows, TextRows
+from jflow.compilation import out_of_memory
 from jflow.config import load
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, abstract_params
 from jflow.models.layers import Precision
@@ -278,7 +279,7 @@ def prepare(size: Size, setting: Setting) -> Program | None:
         try:
             step = make_step(modules, config, like, mesh).lower(like, placed).compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not out_of_memory(error):
                 raise
             print(f"{setting}: out of memory", flush=True)
             return None

@@ -30,6 +30,7 @@ ALL = tuple(pattern for pattern in PRETRAINING if pattern != "repa/")
 
 
 def _file(folder: str, name: str) -> str:
+    """FOLDER/NAME.jsonl, or the .json where there is one."""
     array = f"{folder}/{name}.json"
     return array if epath.Path(array).exists() else f"{array}l"
 

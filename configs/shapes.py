@@ -36,7 +36,7 @@ def get_config(name: str = "shapes", steps: int = 20_000) -> TrainConfig:
                 MixtureConfig(0, understanding=0, generation=1, text=0),
                 MixtureConfig(steps * 2 // 5, understanding=5, generation=3, text=0),
             ),
-            # A window of each task is what one batch takes: none is made twice.
+            # A window of a task is about what one batch takes of it: none is made twice.
             batch_rows=8,
             max_seq_len=160,
             understanding=WindowConfig(samples=8, rows=4),

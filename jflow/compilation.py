@@ -1,4 +1,4 @@
-"""XLA's persistent compilation cache, and how long compiling took."""
+"""XLA's persistent compilation cache, how long compiling took, and its want of memory."""
 
 import os
 from dataclasses import dataclass
@@ -19,6 +19,11 @@ _DURATIONS = (
 # For programs that read their weights over and over: XLA for GPUs would join those with a common
 # factor (of queries and keys, of gate and up) by copying them, in every run.
 WEIGHTS_STAY = {"xla_gpu_dot_merger_threshold_mb": 0}
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Is this what is raised for want of a host's or a device's memory?"""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jflow.compilation import out_of_memory
 from jflow.models.attention import Implementation
 from jflow.plan import hlo, program
 from jflow.plan.topology import Topology
@@ -40,7 +41,7 @@ def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
         compiled = lowered.compile(gpu if place.hardware.platform == "cuda" else None)
     except jax.errors.JaxRuntimeError as error:
         found = re.search(r"Used ([\d.]+)([KMGT])\w* of|temporaries \(([\d.]+)([KMGT])", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or not found:
+        if not out_of_memory(error) or not found:
             raise
         size, unit = [group for group in found.groups() if group]
         return Compiled(int(float(size) * _UNITS[unit]), 0, None, None)

@@ -6,7 +6,6 @@ log, RUN/samples what was drawn on the way.
 """
 
 import copy
-import functools
 import re
 import sys
 from functools import partial
@@ -93,9 +92,9 @@ class Checkpoints:
     def save(self, state: TrainState) -> Path:
         """Begins to write the checkpoint of the state's step; returns its folder-to-be.
 
-        Once it is written, others are removed, see `_remove_others`. Raises
-        ValueError for a state with a number that is not finite, and OSError for a checkpoint that
-        cannot be written, this one or the one before.
+        Once it is written, others are removed, see `_remove_others`. Raises ValueError for a state
+        with a number that is not finite, and OSError for a checkpoint that cannot be written, this
+        one or the one before.
         """
         step = int(state.step)
         target = folder(self._run, step)
@@ -214,8 +213,8 @@ def _fixed(config: dict) -> dict:
     """A config as `to_dict` gives it, without FREE_FIELDS."""
     config = copy.deepcopy(config)
     for name in FREE_FIELDS:
-        *groups, last = name.split(".")
-        functools.reduce(lambda node, group: node.get(group, {}), groups, config).pop(last, None)
+        group, _, field = name.rpartition(".")
+        (config.get(group, {}) if group else config).pop(field, None)
     return config
 
 
