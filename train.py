@@ -193,7 +193,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
     sampler = Sampler(config.samples, modules, tokenizer, processor, mesh)
 
     # 2. The state: the run's own last checkpoint, else a fresh one.
-    saved = runs.Checkpoints(folder, models, files, config)
+    saved = runs.Checkpoints(folder, models, files, config, loader.records())
     shapes = checkpoints.load_shapes(config.init_from)
     like = jax.eval_shape(partial(first_state, modules=modules, config=config), shapes)
     like = abstract(like, mesh)

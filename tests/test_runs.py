@@ -47,9 +47,10 @@ def opened(tmp_path):
     """Opens the run folder, as often as it is asked to, with some fields changed."""
     made = []
 
-    def open_run(**changes):
+    def open_run(records=10, **changes):
         config = dataclasses.replace(CONFIG, **changes)
-        made.append(runs.Checkpoints(tmp_path / "run", {"janusflow": {}}, FILES, config))
+        counts = {"text: text.jsonl (train)": records}
+        made.append(runs.Checkpoints(tmp_path / "run", {"janusflow": {}}, FILES, config, counts))
         return made[-1]
 
     yield open_run
@@ -153,6 +154,16 @@ def test_a_changed_digit_in_the_config_is_damage(opened, tmp_path):
     equal(opened().restore(state(0)), state(2))
 
 
+def test_other_numbers_of_records_are_refused(opened):
+    """They would be shuffled into another order, and some trained on twice."""
+    saved = opened(records=10)
+    saved.save(state(2))
+    saved.close()
+    equal(opened(records=10).restore(state(0)), state(2))
+    with pytest.raises(ValueError, match=r"text\.jsonl \(train\) has 9 records, and had 10 when"):
+        opened(records=9).restore(state(0))
+
+
 def test_what_lies_ahead_of_this_course_does_not_push_its_checkpoints_out(opened, tmp_path):
     """A damaged one that was passed, and what a rewind left behind."""
     saved = opened(keep=3, keep_best=False)
@@ -189,7 +200,7 @@ def test_copies_and_other_folders_are_left_alone(opened, tmp_path):
 
 def test_an_address_is_no_run_folder():
     with pytest.raises(ValueError, match="gs:/bucket/run is an address: mount it as a folder"):
-        runs.Checkpoints(Path("gs://bucket/run"), {}, FILES, CONFIG)
+        runs.Checkpoints(Path("gs://bucket/run"), {}, FILES, CONFIG, {})
 
 
 @pytest.mark.parametrize("part", ["params", "ema", "opt_state"])

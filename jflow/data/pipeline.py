@@ -137,6 +137,14 @@ class Loader:
         """Another process opens the sources for itself."""
         return Loader, self._made_from
 
+    def records(self) -> dict[str, int]:
+        """How many records every source has, by its task, path and split."""
+        return {
+            f"{task}: {config.path} ({config.split})": len(source)
+            for task, stream in self.streams.items()
+            for config, source in zip(stream.configs, stream.sources, strict=True)
+        }
+
     def local_rows(self, step: int) -> tuple[list[Row | None], list[Row | None]]:
         """This process's rows of TextRows and of ImageRows; None for an empty one."""
         rows = batch_rows(self._config, step)

@@ -67,12 +67,21 @@ class Checkpoints:
     Args:
       run: the run folder, made where it does not exist, on a disk that all processes share.
       models: {"janusflow", "siglip", "vae"} as jflow.convert stores them; files: the tokenizer's.
+      records: how many every source has (Loader.records): with others the order would be another.
 
     Raises OSError in one sentence for a folder that cannot be written.
     """
 
-    def __init__(self, run: Path, models: dict, files: dict[str, str], config: TrainConfig):
+    def __init__(
+        self,
+        run: Path,
+        models: dict,
+        files: dict[str, str],
+        config: TrainConfig,
+        records: dict[str, int],
+    ):
         self._run, self._models, self._files, self._config = run, models, files, config
+        self._records = records
         distributed.by_first(lambda: _prepare(run))
         if not run.is_dir():
             raise OSError(
@@ -111,7 +120,12 @@ class Checkpoints:
         self._writer.save(
             target,
             lora.merge(merge(state.ema, state.frozen), self._config.lora),
-            self._models | {"train": to_dict(self._config), "loss": self._losses[step]},
+            self._models
+            | {
+                "train": to_dict(self._config),
+                "loss": self._losses[step],
+                "records": self._records,
+            },
             self._files,
             {name: getattr(state, name) for name in _REST}
             | {"lora": lora.unmerged(state.ema | state.frozen)},
@@ -152,7 +166,7 @@ class Checkpoints:
         """The state of the last good checkpoint up to step `before`; None where there is none.
 
         A damaged checkpoint is named and the one before it used. Raises ValueError for checkpoints
-        of another config, and where all of them are damaged.
+        of another config or with other numbers of records, and where all of them are damaged.
 
         Args: like: a state of the same run, arrays or jax.ShapeDtypeStruct; each leaf is read to
           where it lies there (sharding.abstract), no process reads more than its devices hold.
@@ -188,6 +202,14 @@ class Checkpoints:
                 f"{path} was trained with another {', '.join(changed)}: use another --run folder, "
                 f"or the same config."
             )
+        counted = ours.get("records", self._records)  # Older checkpoints have none.
+        for source, count in self._records.items():
+            if counted[source] != count:
+                raise ValueError(
+                    f"{source} has {count} records, and had {counted[source]} when {path} was "
+                    f"saved, so the order of all of them would change: put the former ones back, "
+                    f"or begin another --run with {path} as init_from."
+                )
         averaged = like.ema | like.frozen
         places = unflatten_dict(
             {
