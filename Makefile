@@ -32,8 +32,9 @@ lint: $(VENV)/.installed
 SEED ?= 0
 TWO_CORES = JAX_NUM_CPU_DEVICES=2 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592
-# What is drawn after ten minutes is hardly told by captions without colors; after an hour it is.
-demo: SCENES = 12000 --colored 75
+# Ten minutes learn little from captions without colors, and nothing from questions of relation; an
+# hour does.
+demo: SCENES = 12000 --colored 75 --relations 25
 demo: BENCHMARK = prompts=240 pictures=60
 shapes: SCENES = 40000
 demo shapes: export JAX_PLATFORMS = cpu

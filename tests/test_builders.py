@@ -107,6 +107,31 @@ def test_longer_captions_name_colors_as_often_as_asked(colored):
         builders.ShapesOptions(colored=101)
 
 
+@pytest.mark.parametrize("relations", [0, 0.25, 1])
+def test_questions_of_relation_are_put_as_often_as_asked(relations):
+    """What is asked instead has the right answer: it is one of the scene's own questions."""
+    put, possible, instead = 0, 0, 0
+    for i in range(600):
+        scene, rng = shapes.example(0, "train", i).scene, np.random.default_rng(i)
+        full = shapes.conversation(scene, "train", 1, np.random.default_rng(i), 1)
+        asked = shapes.conversation(scene, "train", 1, rng, relations)
+        kinds = [q.kind for q in asked]
+        if "relation" not in [q.kind for q in full]:
+            assert sorted(full, key=repr) == sorted(asked, key=repr)
+            continue
+        possible, put = possible + 1, put + ("relation" in kinds)
+        further = set(asked) - set(full)
+        instead += len(further)
+        known = {q for n in range(40) for q in shapes.ask(scene, "train", np.random.default_rng(n))}
+        assert further <= {q for q in known if q.kind in ("color", "shape")}
+    assert (
+        abs(put / possible - relations) < 3 * np.sqrt(relations * (1 - relations) / possible) + 1e-9
+    )
+    assert instead >= 0.8 * (possible - put)
+    with pytest.raises(ValueError, match="percent"):
+        builders.ShapesOptions(relations=-1)
+
+
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_a_conversation_does_not_tell_its_answers_by_their_order(rounds):
     """Of the existence questions half are answered with yes, at first and behind another one."""

@@ -38,7 +38,8 @@ _OPTIONS = "options"  # where dataset_info.json keeps what a dataset was built w
 class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
     captions: of each picture. colored: percent of the longer captions that name colors. rounds: of
-    questions about it, of two to six new ones each."""
+    questions about it, of two to six new ones each. relations: percent of the questions of relation
+    that are put, see `shapes.conversation`."""
 
     size: int = 32
     train: int = 20_000
@@ -47,11 +48,13 @@ class ShapesOptions:
     captions: int = 4
     colored: int = int(100 * shapes.COLORED_SHARE)
     rounds: int = 2
+    relations: int = int(100 * shapes.RELATIONS_SHARE)
     seed: int = 0
 
     def __post_init__(self):
-        if not 0 <= self.colored <= 100:
-            raise ValueError(f"colored is in percent, from 0 to 100, not {self.colored}.")
+        for name in ("colored", "relations"):
+            if not 0 <= (percent := getattr(self, name)) <= 100:
+                raise ValueError(f"{name} is in percent, from 0 to 100, not {percent}.")
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str,
         shapes.caption_of(made.scene, made.record, rng, colored) for _ in range(1, options.captions)
     )
     rng = shapes.generator(options.seed, split, index, _CONVERSATION)
-    asked = shapes.conversation(made.scene, split, options.rounds, rng)
+    asked = shapes.conversation(made.scene, split, options.rounds, rng, options.relations / 100)
     return _example(
         np.round((render(made.scene, options.size) + 1) * 127.5).astype(np.uint8),
         [made.caption, *more],

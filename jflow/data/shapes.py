@@ -27,6 +27,7 @@ CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "
 FREE_SHARE = 1 / 4  # of scenes that belong to none of the categories
 SHORT_SHARE = 1 / 4  # of captions that are the category's prompt
 COLORED_SHARE = 1 / 2  # of the other captions that name colors
+RELATIONS_SHARE = 1.0  # of the questions of relation that conversations put
 CORNER_MARGIN = 2.0  # from the middle lines, to be said to lie in a corner
 OPPOSITE = dict(zip(RELATIONS, ("right of", "left of", "below", "above"), strict=True))
 RELATION_PHRASES = {
@@ -147,17 +148,26 @@ def caption_of(
 
 
 def conversation(
-    scene: Scene, split: str, rounds: int, rng: np.random.Generator
+    scene: Scene,
+    split: str,
+    rounds: int,
+    rng: np.random.Generator,
+    relations: float = RELATIONS_SHARE,
 ) -> tuple[Question, ...]:
     """Different questions of `rounds` times `ask`, in random order, to be put one after another.
 
     Of the two existence questions of a round a random one is left out: known that one is answered
-    with yes and one with no, the first answer would tell the second.
+    with yes and one with no, the first answer would tell the second. relations: the share of the
+    questions of relation that are put; instead of another one stands a further one of color or
+    shape, where there is one.
     """
-    found = []
+    found: list[Question] = []
     for _ in range(rounds):
         positive, negative, *others = ask(scene, split, rng)
         found += [negative if rng.random() < 0.5 else positive, *others]
+        if found[-1].kind == "relation" and rng.random() >= relations:
+            further = [q for kind in _attributes(scene) for q in kind if q not in found]
+            found[-1:] = [further[rng.integers(len(further))]] if further else []
     different = list({q.question: q for q in found}.values())
     return tuple(different[i] for i in rng.permutation(len(different)))
 
@@ -213,6 +223,24 @@ def describe(scene: Scene, rng: np.random.Generator, colored: float) -> str:
     return f"{opening} {pick(bodies)}{pick(('', '', ' on a grey background'))}"
 
 
+def _attributes(scene: Scene) -> tuple[list[Question], list[Question]]:
+    """The questions of color, and those of shape, that have one right answer."""
+    by_shape = Counter(o.shape for o in scene.objects)
+    by_color = Counter(o.color for o in scene.objects)
+    return (
+        [
+            Question("color", f"What color is the {o.shape}?", o.color)
+            for o in scene.objects
+            if by_shape[o.shape] == 1
+        ],
+        [
+            Question("shape", f"What shape is the {o.color} object?", o.shape)
+            for o in scene.objects
+            if by_color[o.color] == 1
+        ],
+    )
+
+
 def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, ...]:
     """One question of every kind that has one right answer in this scene.
 
@@ -243,12 +271,7 @@ def ask(scene: Scene, split: str, rng: np.random.Generator) -> tuple[Question, .
     add("existence_positive", f"Is there {_phrase(yes)}?", "yes")
     add(f"existence_{kind}", f"Is there {_phrase(no)}?", "no")
 
-    if once := [o for o in objects if by_shape[o.shape] == 1]:
-        o = pick(once)
-        add("color", f"What color is the {o.shape}?", o.color)
-    if once := [o for o in objects if by_color[o.color] == 1]:
-        o = pick(once)
-        add("shape", f"What shape is the {o.color} object?", o.shape)
+    questions += [pick(kind) for kind in _attributes(scene) if kind]
 
     shape, color = pick([*by_shape, *([pick(no_shape)] if no_shape else [])]), pick(list(by_color))
     number, things = pick(
