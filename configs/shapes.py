@@ -20,7 +20,8 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 20_000) -> TrainConfig:
+def get_config(name: str = "shapes", steps: int = 20_000, alone: int = 8_000) -> TrainConfig:
+    """alone: the step up to which it draws and does not read."""
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
@@ -34,7 +35,7 @@ def get_config(name: str = "shapes", steps: int = 20_000) -> TrainConfig:
             ),
             mixture=(
                 MixtureConfig(0, understanding=0, generation=1, text=0),
-                MixtureConfig(steps * 2 // 5, understanding=5, generation=3, text=0),
+                MixtureConfig(alone, understanding=5, generation=3, text=0),
             ),
             # A window of a task is about what one batch takes of it: none is made twice.
             batch_rows=8,
