@@ -227,7 +227,7 @@ class Asked:
     files: tuple[Path, ...]
 
 
-def read_questions(path: str, pipeline: Pipeline, options: AnswerOptions) -> Iterator[Asked]:
+def read_questions(path: str, pipeline: Pipeline) -> Iterator[Asked]:
     """All lines of a JSONL file; names of image files are relative to it.
 
     Raises ValueError or OSError in one sentence that names the line, for whatever can be told
@@ -245,7 +245,7 @@ def read_questions(path: str, pipeline: Pipeline, options: AnswerOptions) -> Ite
             raise ValueError(f"{path}, line {number}: expected {QUESTION_FORM}.") from error
         try:
             messages = Message("User", user_question(text, len(files))), Message("Assistant", "")
-            pipeline.question_tokens(messages, len(files), options)
+            pipeline.question_tokens(messages, len(files))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         for file in files:
@@ -260,7 +260,7 @@ def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
     Where it fails, the answers up to there are in the file's .tmp.
     """
     options = answer_options(args)
-    asked = list(read_questions(args.questions, pipeline, options))
+    asked = list(read_questions(args.questions, pipeline))
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, written = out.with_name(out.name + ".tmp"), 0

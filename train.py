@@ -27,7 +27,7 @@ from jflow.data.cache import ImageCache
 from jflow.data.encode import open_cache
 from jflow.data.pipeline import checkpoint_loader
 from jflow.images import ImageProcessor
-from jflow.inference.parts import check_parts
+from jflow.inference.parts import check_parts, latent_shape
 from jflow.models import repa
 from jflow.models.attention import Implementation
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
@@ -175,6 +175,8 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
     modules = build(models, config)
     tokenizer, processor = Tokenizer.from_files(files), ImageProcessor.from_files(files)
     check_parts(modules.model.config, modules.vae, tokenizer, processor)
+    if any(source.task == "generation" for source in config.data.sources):
+        latent_shape(modules.model.config, modules.vae.config if modules.vae else None)
     mesh, language = make_mesh(config.mesh), modules.model.config.language
     check_heads(language.num_attention_heads, language.kv_heads, mesh)
     cache = None

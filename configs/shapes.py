@@ -20,8 +20,10 @@ from jflow.training.state import EMAConfig
 FIELDS = (("caption", "captions"),)
 
 
-def get_config(name: str = "shapes", steps: int = 20_000, alone: int = 8_000) -> TrainConfig:
-    """alone: the step up to which it draws and does not read."""
+def get_config(
+    name: str = "shapes", steps: int = 20_000, alone: int = 8_000, reading: int = 5
+) -> TrainConfig:
+    """alone: the step up to which it draws and does not read. reading: of eight rows behind it."""
     folder = f"runs/{name}"
     return TrainConfig(
         name=name,
@@ -35,7 +37,7 @@ def get_config(name: str = "shapes", steps: int = 20_000, alone: int = 8_000) ->
             ),
             mixture=(
                 MixtureConfig(0, understanding=0, generation=1, text=0),
-                MixtureConfig(alone, understanding=5, generation=3, text=0),
+                MixtureConfig(alone, understanding=reading, generation=8 - reading, text=0),
             ),
             # A window of a task is about what one batch takes of it: none is made twice.
             batch_rows=8,

@@ -11,8 +11,9 @@ import orbax.checkpoint as ocp
 
 from jflow import checkpoints, distributed
 
-# How long the processes wait for each other at the end of a save.
-COMPLETE_SECONDS = 600
+# How long the processes wait at the end of a save for the first one, which reads it once more for
+# its checksums. It is not what a lost process costs: the others end with it, within minutes.
+COMPLETE_SECONDS = 3600
 
 
 class Writer:

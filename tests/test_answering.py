@@ -1,5 +1,7 @@
 """Answering: batches, turns, sampling, and where it stops."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +46,24 @@ def test_an_answer_does_not_depend_on_its_batch(tiny, options):
     assert len(set(together)) == 3 and all(together)
     alone = [final(tiny.answer([question], options))[0] for question in questions]
     assert together == alone
+
+
+def test_an_answer_ends_where_the_positions_do(tiny):
+    """Beside one that has more room, and with the tokens that it would have begun with anyway."""
+    questions = [ask("What is this?", CAT, id=0), ask("Hello!", id=1)]
+    lengths = [len(tiny.question_tokens(q.messages, len(q.images))) for q in questions]
+    config = tiny.model.config
+    short = replace(config.language, max_position_embeddings=lengths[0] + 5)
+    cramped = replace(tiny, model=tiny.model.clone(config=replace(config, language=short)))
+    five = final(tiny.answer(questions[:1], AnswerOptions(max_new_tokens=5)))
+    assert final(cramped.answer(questions, BRIEF)) == [
+        *five,
+        *final(tiny.answer(questions, BRIEF))[1:],
+    ]
+    none = replace(config.language, max_position_embeddings=lengths[0])
+    full = replace(tiny, model=tiny.model.clone(config=replace(config, language=none)))
+    with pytest.raises(ValueError, match=f"the model has {lengths[0]} positions"):
+        final(full.answer(questions, BRIEF))
 
 
 def test_layers_apart_answer_the_same(tiny, unrolled, tiny_ckpt, monkeypatch):

@@ -55,7 +55,7 @@ def equal_bits(got: dict, want: dict):
     layers=st.integers(1, 4),
     blocks=st.integers(0, 12),
     size=st.integers(1, 5),
-    dtype=st.sampled_from([np.float32, np.float16, np.float64, ml_dtypes.bfloat16]),
+    dtype=st.sampled_from([np.float32, np.float16, ml_dtypes.bfloat16]),
     shards=st.integers(1, 3),
 )
 def test_toy_rules_both_ways(tmp_path_factory, layers, blocks, size, dtype, shards):

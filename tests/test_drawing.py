@@ -15,13 +15,14 @@ from jflow.inference.image import (
     initial_noise,
     sample_latents,
 )
-from jflow.inference.parts import check_parts
+from jflow.inference.parts import check_parts, latent_shape
 from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, pad_rows
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.layers import Precision
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
 from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
+from jflow.models.vae import VAEConfig
 from tests.goldens import golden, nhwc
 
 SHORT, LONG = "a cat", "a long-winded description of a small red circle left of a large blue square"
@@ -221,3 +222,11 @@ def test_parts_that_do_not_fit_are_all_named(tiny):
     processor = replace(tiny.processor, image_size=96)
     with pytest.raises(ValueError, match=r"image_size .*\(96\).*; the VAE's latent_channels \(8\)"):
         check_parts(tiny.model.config, vae, tiny.tokenizer, processor)
+
+
+def test_sizes_that_the_decoder_does_not_give_back_cannot_be_drawn(tiny):
+    """Such a checkpoint still answers, as the released code does."""
+    config = tiny.model.config
+    odd = replace(config, siglip=replace(config.siglip, image_size=56))
+    with pytest.raises(ValueError, match="7 latents along a side, but the decoder gives back"):
+        latent_shape(odd, VAEConfig())

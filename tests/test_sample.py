@@ -174,7 +174,6 @@ def test_options_without_effect_are_refused(args, message, capsys):
         (["--question", " "], "question is empty"),
         (["--question", "x", "--image", "docs"], "docs is a folder"),
         (["--question", "x", "--top-p", "0"], "top_p must be in"),
-        (["--question", "x", "--max-new-tokens", "99999"], "16384 positions"),
     ],
 )
 def test_bad_input_is_one_sentence(tiny_ckpt, args, message, capsys, monkeypatch, tmp_path):

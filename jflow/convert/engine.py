@@ -20,7 +20,6 @@ from safetensors import SafetensorError, safe_open
 
 # The name of a dtype in a safetensors header, and numpy's.
 DTYPES = {
-    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),

@@ -2,7 +2,7 @@
 
 from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlowConfig
-from jflow.models.vae import AutoencoderKL
+from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.prompts import Tokenizer
 
 # A model without VAE that reads so many channels works on pixels: they are its latents.
@@ -26,14 +26,11 @@ def check_parts(
          "SigLIP's image_size", siglip.image_size),
     ]  # fmt: skip
     if vae is not None or encoder.input_channels == PIXEL_CHANNELS:
-        side = siglip.image_size // (vae.config.downscale if vae else 1)
-        back = encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
         channels = vae.config.latent_channels if vae else PIXEL_CHANNELS
         what = "the VAE's latent_channels" if vae else "the channels of a pixel"
         pairs += [
             (what, channels, "vision_gen_enc's", encoder.input_channels),
             (what, channels, "vision_gen_dec's", config.gen_decoder.out_channels),
-            ("latents along a side", side, "what the decoder gives back", back),
         ]  # fmt: skip
     wrong = [f"{a} ({x}) and {b} ({y})" for a, x, b, y in pairs if x != y]
     if tokenizer.vocab_size > config.language.vocab_size + ADDED_TAGS:
@@ -43,3 +40,25 @@ def check_parts(
         )
     if wrong:
         raise ValueError(f"The parts of the checkpoint do not fit: {'; '.join(wrong)}.")
+
+
+def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, int, int]:
+    """(h, w, c) of the latents of an image of the model's resolution, which is SigLIP's.
+
+    Raises ValueError in one sentence where they need a VAE and there is none, and where the decoder
+    would give back another number than the encoder has read.
+    """
+    channels = config.gen_encoder.input_channels
+    if vae is None and channels != PIXEL_CHANNELS:
+        raise ValueError(
+            "This checkpoint has no VAE, which generation needs: convert it again with "
+            "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
+        )
+    side = config.siglip.image_size // (vae.downscale if vae else 1)
+    back = config.gen_encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
+    if back != side:
+        raise ValueError(
+            f"Images of {config.siglip.image_size} pixels have {side} latents along a side, but "
+            f"the decoder gives back {back}: this checkpoint can answer, but not draw them."
+        )
+    return side, side, channels

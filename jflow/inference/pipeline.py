@@ -15,7 +15,7 @@ from PIL import Image
 from jflow import checkpoints, flow, images, prompts, rng
 from jflow.distributed import fetch
 from jflow.inference.image import decode_latents, encode_pixels, initial_noise, sample_latents
-from jflow.inference.parts import PIXEL_CHANNELS, check_parts
+from jflow.inference.parts import check_parts, latent_shape
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision, by_rows
@@ -71,7 +71,9 @@ class ImageOptions:
 @dataclass(frozen=True)
 class AnswerOptions:
     """How to answer. temperature 0 takes the likeliest token; otherwise tokens are drawn from the
-    nucleus of probability top_p, with keys folded from (seed, the question's id, token)."""
+    nucleus of probability top_p, with keys folded from (seed, the question's id, token).
+
+    An answer ends after max_new_tokens, or where the model has no more positions."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -286,18 +288,21 @@ class Pipeline:
         tokenizer, count = self.tokenizer, len(questions)
         questions = [*questions, *questions[-1:] * (self.rows(count) - count)]
         rows = [
-            self.question_tokens(question.messages, len(question.images), options)
-            for question in questions
+            self.question_tokens(question.messages, len(question.images)) for question in questions
         ]
+        positions = self.model.config.language.max_position_embeddings
+        limits = [min(options.max_new_tokens, positions - len(row)) for row in rows]
+        most = max(limits)
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
         pixels, slots = self._place_images(questions, rows, tokens.shape[1])
         ids = np.array([question.id for question in questions])
         ids, *given = map(self._place, (ids, tokens, lengths, pixels, slots))
         with self._on_mesh():
             keys = jax.vmap(lambda i: rng.fold(options.seed, "answer", i))(ids)
-            state = prefill(self.model, self.params["janusflow"], *given, _reserve(options))
+            reserve = -(-most // DECODE_CHUNK) * DECODE_CHUNK
+            state = prefill(self.model, self.params["janusflow"], *given, reserve)
         written = np.zeros((len(rows), 0), np.int32)
-        while written.shape[1] < options.max_new_tokens:
+        while written.shape[1] < most:
             with self._on_mesh():
                 state, new = decode(
                     self.model,
@@ -309,22 +314,19 @@ class Pipeline:
                     np.int32(tokenizer.eos_id),
                     DECODE_CHUNK,
                 )
-            written = np.concatenate([written, fetch(new)], axis=1)[:, : options.max_new_tokens]
-            shown = (until(row, tokenizer.eos_id) for row in written[:count])
-            yield [tokenizer.decode(row).strip() for row in shown]
+            written = np.concatenate([written, fetch(new)], axis=1)
+            shown = [row[:n] for row, n in zip(written, limits, strict=True)][:count]
+            yield [tokenizer.decode(until(row, tokenizer.eos_id)).strip() for row in shown]
             if np.all(fetch(state.done)):
                 return
 
-    def question_tokens(
-        self, messages: Sequence[prompts.Message], num_images: int, options: AnswerOptions
-    ) -> np.ndarray:
+    def question_tokens(self, messages: Sequence[prompts.Message], num_images: int) -> np.ndarray:
         """[L] a conversation's tokens, which the images are not needed for.
 
         Raises ValueError in one sentence for what `answer` refuses.
         """
         row = prompts.understanding_tokens(self.tokenizer, messages, num_images)
-        what = f"question and an answer of up to {options.max_new_tokens} tokens"
-        self._check(row, _reserve(options), what)
+        self._check(row, 1, "question and its answer")
         return row
 
     def _place_images(
@@ -341,26 +343,6 @@ class Pipeline:
             for i, image in enumerate(question.images):
                 pixels[b, i] = self.processor.preprocess(image)
         return pixels, slots
-
-
-def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, int, int]:
-    """(h, w, c) of the latents of an image of the model's resolution.
-
-    Raises ValueError in one sentence where they need a VAE and there is none.
-    """
-    channels = config.gen_encoder.input_channels
-    if vae is None and channels != PIXEL_CHANNELS:
-        raise ValueError(
-            "This checkpoint has no VAE, which generation needs: convert it again with "
-            "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
-        )
-    side = config.siglip.image_size // (vae.downscale if vae else 1)
-    return side, side, channels
-
-
-def _reserve(options: AnswerOptions) -> int:
-    """The positions that an answer may take: decoding goes on by whole chunks."""
-    return -(-options.max_new_tokens // DECODE_CHUNK) * DECODE_CHUNK
 
 
 def until(tokens: np.ndarray, stop: int) -> np.ndarray:

@@ -58,18 +58,21 @@ class JanusFlowConfig:
             "vision_gen_enc_config": "ShallowUViTEncoder",
             "vision_gen_dec_config": "ShallowUViTDecoder",
         }
+        params = {}
         for part, name in parts.items():
-            found = config.get(part, {}).get("cls")
-            # The released config leaves `cls` out where its own default holds.
-            if part not in config or found not in (name, None, ""):
+            fields = config.get(part)
+            found = fields.get("cls") if isinstance(fields, dict) else None
+            # The released config leaves `cls`, or all, out where its own defaults hold.
+            if not isinstance(fields, dict) or found not in (name, None, ""):
                 raise ValueError(
                     f"This config.json is not a JanusFlow: {part}.cls is {found!r}, not {name!r}."
                 )
+            params[part] = fields.get("params") or {}
         return cls(
             language=LlamaConfig.from_hf(config.get("language_config", {})),
-            siglip=SiglipConfig.from_hf(config["vision_und_enc_config"]["params"], siglip_sizes),
-            gen_encoder=GenEncoderConfig.from_hf(config["vision_gen_enc_config"]["params"]),
-            gen_decoder=GenDecoderConfig.from_hf(config["vision_gen_dec_config"]["params"]),
+            siglip=SiglipConfig.from_hf(params["vision_und_enc_config"], siglip_sizes),
+            gen_encoder=GenEncoderConfig.from_hf(params["vision_gen_enc_config"]),
+            gen_decoder=GenDecoderConfig.from_hf(params["vision_gen_dec_config"]),
         )
 
     def to_hf(self) -> tuple[dict, dict]:

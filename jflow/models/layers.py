@@ -5,6 +5,7 @@ C channels. Numbers that decide correctness (norms, softmax, rotary angles, the 
 computed in float32 whatever `dtype` the matrix products use.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from jflow.sharding import constrain
@@ -163,6 +165,12 @@ def by_rows(params: dict) -> dict:
     return params
 
 
+def _rounded_power(base: float, exponents: np.ndarray) -> np.ndarray:
+    """The float32 nearest to each power, as torch gives it; the exponents are float32."""
+    exact = np.float64(base) ** exponents.astype(np.float32).astype(np.float64)
+    return exact.astype(np.float32)
+
+
 def rotary_angles(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [B, T, 1, width / 2] of the angles by which `rotary_embedding` rotates.
 
@@ -174,7 +182,8 @@ def rotary_angles(positions: jax.Array, width: int, theta: float) -> tuple[jax.A
     Angles are float32: bfloat16 cannot even hold the integer 257.
     """
     half = width // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    # Not by the compiler, whose powers are an ulp off: far positions multiply it.
+    frequencies = np.float32(1) / _rounded_power(theta, np.arange(half) / half)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -254,7 +263,8 @@ def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     diffusers' Timesteps(flip_sin_to_cos=True, downscale_freq_shift=0), as uvit.py uses it.
     """
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = _rounded_power(math.e, exponents)
     angles = timesteps.astype(jnp.float32)[:, None] * frequencies
     embedding = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
     return jnp.pad(embedding, ((0, 0), (0, dim % 2)))

@@ -70,6 +70,8 @@ class SiglipConfig:
                 f"Unknown SigLIP {name!r}: put its sizes into siglip_model_config.json beside "
                 f"config.json, or use one of {', '.join(SIGLIP_BY_NAME)}."
             )
+        # SigLIPVisionCfg's own defaults are this one's.
+        sizes = SIGLIP_BY_NAME["siglip_so400m_patch14_384"] | sizes
         for side in ("pixel_mean", "pixel_std"):
             if params.get(side) is not None:
                 raise ValueError(f"vision_und_enc_config.params.{side} is not supported.")

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jflow.inference.image import decode_latents, sample_latents
-from jflow.inference.pipeline import PROMPT_BUCKET, VAE_BATCH, ImageOptions, latent_shape
+from jflow.inference.parts import latent_shape
+from jflow.inference.pipeline import PROMPT_BUCKET, VAE_BATCH, ImageOptions
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig

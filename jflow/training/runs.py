@@ -6,6 +6,7 @@ log, RUN/samples what was drawn on the way.
 """
 
 import copy
+import json
 import re
 import sys
 from functools import partial
@@ -69,7 +70,8 @@ class Checkpoints:
       models: {"janusflow", "siglip", "vae"} as jflow.convert stores them; files: the tokenizer's.
       records: how many every source has (Loader.records): with others the order would be another.
 
-    Raises OSError in one sentence for a folder that cannot be written.
+    Raises OSError in one sentence for a folder that cannot be written, and ValueError for one that
+    is an address and where processes count other records.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Checkpoints:
     ):
         self._run, self._models, self._files, self._config = run, models, files, config
         self._records = records
+        _compare(records)
+        checkpoints.require_local(run)
         distributed.by_first(lambda: _prepare(run))
         if not run.is_dir():
             raise OSError(
@@ -240,9 +244,20 @@ def _fixed(config: dict) -> dict:
     return config
 
 
+def _compare(records: dict[str, int]) -> None:
+    """Raises ValueError, on all processes, where one has other records than another."""
+    everyone = [json.loads(text) for text in distributed.gather_texts(json.dumps(records))]
+    for source in records:
+        counts = [found[source] for found in everyone]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"{source} has from {min(counts)} to {max(counts)} records, by process: give all "
+                f"of them the same files, best on a disk that they share."
+            )
+
+
 def _prepare(run: Path) -> None:
     """Makes a run folder that can be written, and removes what unfinished saves left in it."""
-    checkpoints.require_local(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
         probe = run / ".writable"
