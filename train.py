@@ -34,7 +34,7 @@ from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.plan import report
-from jflow.prompts import Tokenizer
+from jflow.prompts import Tokenizer, trained_template
 from jflow.sharding import abstract, check_heads, make_mesh, place_batch, shardings
 from jflow.training import flops, lora, runs, state
 from jflow.training.config import TrainConfig
@@ -192,7 +192,8 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
         process_count=shares,
         row_multiple=sharding.row_multiple(mesh) * config.optimizer.accumulate,
     )
-    sampler = Sampler(config.samples, modules, tokenizer, processor, mesh)
+    template = trained_template(to_dict(config))
+    sampler = Sampler(config.samples, modules, tokenizer, processor, mesh, template)
 
     # 2. The state: the run's own last checkpoint, else a fresh one.
     saved = runs.Checkpoints(folder, models, files, config, loader.records())

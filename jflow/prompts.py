@@ -6,6 +6,7 @@ Sources: processing_vlm.py and conversation.py of the released code (paper secti
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
@@ -16,6 +17,10 @@ DEFAULT_SYSTEM_PROMPT = (
     "and assist the user with a variety of tasks using natural language."
 )
 IMAGE_TAG = "<image_placeholder>"
+# "chat" is the released one; "pretrain" is the paper's for stages 1 and 2: captions and questions
+# without roles, questions behind their images.
+Template = Literal["chat", "pretrain"]
+JOINED = "the tokenizer joins a question and its reply in one token"
 _END_OF_TURN = "<｜end▁of▁sentence｜>"
 
 
@@ -233,16 +238,51 @@ def image_slots(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([places[:, :1] - 1, places], axis=1)
 
 
-def generation_tokens(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+def generation_tokens(tokenizer: Tokenizer, prompt: str, template: Template = "chat") -> np.ndarray:
     """[P] int32: BOS and "User: prompt\\n\\nAssistant:", without system prompt.
 
-    The released samplers append a tag and cut it off again; the time token takes its place.
+    With template "pretrain" BOS and the prompt alone. The released samplers append a tag and cut it
+    off again; the time token takes its place.
     Raises ValueError for an empty prompt.
     """
     if not prompt.strip():
         raise ValueError("The prompt is empty: write what the image should show.")
-    text = chat_text([Message("User", prompt), Message("Assistant", "")], "")
+    text = prompt.strip()
+    if template == "chat":
+        text = chat_text([Message("User", prompt), Message("Assistant", "")], "")
     return np.array(tokenizer.encode(text), np.int32)
+
+
+def plain_tokens(
+    tokenizer: Tokenizer, messages: Sequence[Message], num_images: int
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
+    """[L] int32 tokens of `<image><question><answer>` (supplement B): the template "pretrain".
+
+    The images come first, then the texts with spaces between, EOS after each answer; nothing stands
+    for an empty one. Gives also the first and the end of every answer with its EOS. Raises
+    ValueError where a question and its answer meet in one token.
+    """
+    bos = tokenizer.encode("")
+    tokens, spans = [*bos, *image_tokens(tokenizer) * num_images], []
+    for user, assistant in zip(messages[::2], messages[1::2], strict=True):
+        question, reply = user.content.replace(IMAGE_TAG, "").strip(), assistant.content.strip()
+        asked = tokenizer.encode(question)
+        answered = [*tokenizer.encode(f"{question} {reply}"), tokenizer.eos_id] if reply else asked
+        # What inference reads before it replies must be what training saw there.
+        if asked != answered[: len(asked)]:
+            raise ValueError(JOINED)
+        start = len(tokens) + len(asked) - len(bos)
+        tokens += answered[len(bos) :]
+        spans.append((start, len(tokens)))
+    return np.array(tokens, np.int32), spans
+
+
+def trained_template(train: Mapping[str, Any] | None) -> Template:
+    """What a run's pictures came with, from its config as checkpoints hold it ("train"); where
+    there is none, the released one."""
+    sources = train["data"]["sources"] if train else []
+    found = {source["template"] for source in sources if source["task"] != "text"}
+    return "pretrain" if found == {"pretrain"} else "chat"
 
 
 def check_length(num_tokens: int, limit: int, what: str) -> None:

@@ -11,7 +11,7 @@ from jflow import prompts
 from jflow.data import examples
 from jflow.data.examples import Format, generation_example, text_example, understanding_example
 from jflow.images import ImageProcessor, center_crop_square, from_uint8
-from jflow.prompts import IMAGE_TAG, Message, Tokenizer
+from jflow.prompts import IMAGE_TAG, Message, Tokenizer, user_question
 from tests.goldens import REPO
 
 FILES = {p.name: p.read_text("utf-8") for p in (REPO / "tests/golden/tiny").glob("*.json")}
@@ -115,6 +115,29 @@ def test_plain_format_of_pretraining():
     prompt = generation_example({"images": [encoded()], "caption": " a fox "}, kept, 0).tokens
     assert TOKENIZER.decode(prompt) == "a fox"
     assert list(prompt).count(TOKENIZER.bos_id) == 1
+
+
+@pytest.mark.parametrize("fmt", [CHAT, PLAIN])
+def test_inference_reads_what_training_saw(fmt, tiny):
+    """Up to the reply, and up to the latents; the template is the one of the run's pictures."""
+    sources = [{"task": "text", "template": "chat"}]
+    sources += [
+        {"task": task, "template": fmt.template} for task in ("generation", "understanding")
+    ]
+    template = prompts.trained_template({"data": {"sources": sources}})
+    pipeline = replace(tiny, tokenizer=TOKENIZER, template=template)
+    record = {"images": [encoded()], "question": "<image>\nHow many?", "answer": "Two"}
+    example = understanding_example(record, fmt, 0)
+    messages = Message("User", user_question("How many?", 1)), Message("Assistant", "")
+    asked = pipeline.question_tokens(messages, 1)
+    first = np.flatnonzero(example.targets >= 0)[0]
+    np.testing.assert_array_equal(asked, example.tokens[: first + 1])
+    kept = replace(fmt, drop_prompt=0)
+    example = generation_example({"images": [encoded()], "caption": " a fox "}, kept, 0)
+    prompt = prompts.generation_tokens(TOKENIZER, "a fox", pipeline.template)
+    np.testing.assert_array_equal(prompt, example.tokens[: len(prompt)])
+    assert len(prompt) + 1 + fmt.latent_tokens == len(example.tokens)
+    assert prompts.trained_template(None) == "chat"
 
 
 def test_a_caption_is_chosen_by_sample():

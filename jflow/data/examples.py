@@ -9,18 +9,17 @@ import io
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jflow import prompts
 from jflow.images import ImageProcessor, decode, from_uint8, to_rgb
-from jflow.prompts import DEFAULT_SYSTEM_PROMPT, IMAGE_TAG, Message, Tokenizer
+from jflow.prompts import DEFAULT_SYSTEM_PROMPT, IMAGE_TAG, Message, Template, Tokenizer
 
 CAPTION_QUESTION = "Generate the caption of this picture."
 _LLAVA_TAG = "<image>"
-_JOINED = "the tokenizer joins a question and its reply in one token"
 _ROLES = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 
 
@@ -29,8 +28,7 @@ class Format:
     """What turns records into examples.
 
     image_size: side of the square crops to generate, in pixels. latent_tokens: of such a crop.
-    drop_prompt: share of generation samples without prompt. template: "chat" is the released one;
-    "pretrain" is the paper's for stages 1 and 2, the texts without roles behind the images.
+    drop_prompt: share of generation samples without prompt. template: see `prompts.Template`.
     """
 
     tokenizer: Tokenizer
@@ -39,7 +37,7 @@ class Format:
     latent_tokens: int
     max_seq_len: int
     drop_prompt: float = 0.1
-    template: Literal["chat", "pretrain"] = "chat"
+    template: Template = "chat"
     seed: int = 0
 
 
@@ -89,7 +87,7 @@ def understanding_example(record: dict[str, Any], fmt: Format, sample_id: int) -
     if fmt.template == "chat":
         tokens, spans = _chat(messages, len(images), fmt.tokenizer)
     else:
-        tokens, spans = _plain(messages, len(images), fmt.tokenizer)
+        tokens, spans = prompts.plain_tokens(fmt.tokenizer, messages, len(images))
     _check_length(len(tokens), fmt)
     targets = np.full(len(tokens), -1, np.int32)
     for start, end in spans:
@@ -136,10 +134,7 @@ def generation_example(
     that was cached, in every epoch.
     """
     caption = _choose(record, generator(fmt.seed, "caption", sample_id))
-    if fmt.template == "chat":
-        prompt = prompts.generation_tokens(fmt.tokenizer, caption)
-    else:
-        prompt = np.array(fmt.tokenizer.encode(caption.strip()), np.int32)
+    prompt = prompts.generation_tokens(fmt.tokenizer, caption, fmt.template)
     # Vectors take their places: any id would do.
     places = np.full(1 + fmt.latent_tokens, fmt.tokenizer.pad_id, np.int32)
     tokens = np.concatenate([prompt, places])
@@ -253,35 +248,9 @@ def _chat(
         texts = [prompts.chat_text(m, DEFAULT_SYSTEM_PROMPT) for m in (asked, messages[: turn + 1])]
         span = np.searchsorted(ends, [len(text) for text in texts], side="right")
         if any(ends[n - 1] != len(text) for n, text in zip(span, texts, strict=True)):
-            raise ValueError(_JOINED)
+            raise ValueError(prompts.JOINED)
         spans.append((int(span[0]), int(span[1])))
     return tokens, spans
-
-
-def _plain(
-    messages: Sequence[Message], num_images: int, tokenizer: Tokenizer
-) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """Tokens of `<image><question><answer>` (supplement B), and first and end of every answer.
-
-    The images come first, then the texts with spaces between; EOS after each answer.
-    """
-    bos = tokenizer.encode("")
-    tokens, spans = [*bos, *prompts.image_tokens(tokenizer) * num_images], []
-    for user, assistant in zip(messages[::2], messages[1::2], strict=True):
-        question = user.content.replace(IMAGE_TAG, "").strip()
-        asked = tokenizer.encode(question)
-        answered = tokenizer.encode(f"{question} {assistant.content.strip()}")
-        _check_prefix(asked, answered)
-        start = len(tokens) + len(asked) - len(bos)
-        tokens += [*answered[len(bos) :], tokenizer.eos_id]
-        spans.append((start, len(tokens)))
-    return np.array(tokens, np.int32), spans
-
-
-def _check_prefix(prefix: Sequence[int], tokens: Sequence[int]) -> None:
-    """What inference reads before it replies must be what training saw there."""
-    if not np.array_equal(prefix, tokens[: len(prefix)]):
-        raise ValueError(_JOINED)
 
 
 def _check_length(num_tokens: int, fmt: Format) -> None:

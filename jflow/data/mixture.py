@@ -6,7 +6,9 @@ Nothing here reads data: which task a row of a batch is for follows from (config
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
+
+from jflow.prompts import Template
 
 Task = Literal["generation", "understanding", "text"]
 # Generation first: `interleave` keeps the first within one row of its share in every batch.
@@ -18,7 +20,7 @@ class SourceConfig:
     """One source; kind, path, split, fields and image_folder as `sources.open_source` has them.
 
     fields: pairs (our name, the file's name). weight: this source's samples among those of its
-    task, relative to the other sources'. template: see `examples.Format`.
+    task, relative to the other sources'. template: see `prompts.Template`.
     """
 
     task: Task
@@ -28,12 +30,12 @@ class SourceConfig:
     fields: tuple[tuple[str, str], ...] = ()
     image_folder: str = ""
     weight: int = 1
-    template: Literal["chat", "pretrain"] = "chat"
+    template: Template = "chat"
 
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"There is no task {self.task!r}: use one of {', '.join(TASKS)}.")
-        if self.template not in ("chat", "pretrain"):
+        if self.template not in get_args(Template):
             raise ValueError(f"There is no template {self.template!r}: use chat or pretrain.")
         if self.weight < 1:
             raise ValueError(f"The weight of {self.path} must be a whole number from 1 on.")

@@ -116,6 +116,7 @@ class Pipeline:
 
     mesh: the devices that share the work, the rows of a batch filled up with copies to what they
     divide; where they belong to several processes, all of these call together. None: one device.
+    template: what prompts and questions become; from_checkpoint takes the one it was trained with.
     """
 
     model: JanusFlow
@@ -124,6 +125,7 @@ class Pipeline:
     tokenizer: prompts.Tokenizer
     processor: images.ImageProcessor
     mesh: Mesh | None = None
+    template: prompts.Template = "chat"
 
     @classmethod
     def from_checkpoint(
@@ -170,6 +172,7 @@ class Pipeline:
             tokenizer=tokenizer,
             processor=processor,
             mesh=mesh,
+            template=prompts.trained_template(config.get("train")),
         )
 
     def rows(self, count: int) -> int:
@@ -222,7 +225,7 @@ class Pipeline:
         if num < 1 or batch_size < 1:
             raise ValueError(f"num ({num}) and batch size ({batch_size}) must be at least 1.")
         shape, grid = self.latent_shape, options.grid()
-        rows = [prompts.generation_tokens(self.tokenizer, text) for text in texts]
+        rows = [prompts.generation_tokens(self.tokenizer, text, self.template) for text in texts]
         side = self.model.config.gen_encoder.tokens_along(shape[0])
         for row in rows:
             self._check(row, 1 + side**2, "prompt and image")
@@ -325,7 +328,10 @@ class Pipeline:
 
         Raises ValueError in one sentence for what `answer` refuses.
         """
-        row = prompts.understanding_tokens(self.tokenizer, messages, num_images)
+        if self.template == "chat":
+            row = prompts.understanding_tokens(self.tokenizer, messages, num_images)
+        else:
+            row, _ = prompts.plain_tokens(self.tokenizer, messages, num_images)
         self._check(row, 1, "question and its answer")
         return row
 

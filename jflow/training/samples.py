@@ -10,7 +10,7 @@ from jflow import images
 from jflow.distributed import is_first
 from jflow.images import ImageProcessor
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
-from jflow.prompts import Message, Tokenizer, user_question
+from jflow.prompts import Message, Template, Tokenizer, user_question
 from jflow.training.config import SamplesConfig
 from jflow.training.lora import merge
 from jflow.training.objectives import Modules
@@ -20,8 +20,8 @@ from jflow.training.state import TrainState, parameters
 class Sampler:
     """Draws and asks with the parameters of a state, raw and averaged.
 
-    mesh: that the states lie on, None for one device. All processes draw and ask together, the
-    first one writes.
+    template: see `Pipeline`. mesh: that the states lie on, None for one device. All processes draw
+    and ask together, the first one writes.
 
     Raises FileNotFoundError or ValueError in one sentence where there is nothing to draw or ask,
     and for images that cannot be read.
@@ -34,6 +34,7 @@ class Sampler:
         tokenizer: Tokenizer,
         processor: ImageProcessor,
         mesh: Mesh | None = None,
+        template: Template = "chat",
     ):
         if config.every and not (config.prompts or config.questions):
             raise ValueError("samples.every asks for samples: give samples.prompts or .questions.")
@@ -45,6 +46,7 @@ class Sampler:
             tokenizer=tokenizer,
             processor=processor,
             mesh=mesh,
+            template=template,
         )
         self._questions = [
             Question(
