@@ -16,6 +16,7 @@ from jflow import checkpoints
 from jflow.convert.__main__ import CONFIG, SIGLIP, janusflow_leaves, main, vae_leaves
 from jflow.convert.engine import flatten
 from jflow.models.janusflow import JanusFlowConfig
+from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
 from jflow.models.vae import VAEConfig
 from tests.goldens import GOLDEN
 from tests.test_convert_engine import equal_bits
@@ -115,6 +116,20 @@ def full_keys(name: str) -> tuple[dict, dict]:
     """(config, {key: shape}) of a full-size checkpoint."""
     listed = json.loads((GOLDEN / f"keys_{name}.json").read_text())
     return listed["config"], {key: tuple(shape) for key, shape in listed["keys"].items()}
+
+
+def test_what_a_config_leaves_out_is_the_released_codes_default():
+    """uvit.py's classes, and SigLIPVisionCfg for a SigLIP whose sizes are given in part."""
+    config, _ = full_keys("janusflow_1p3b")
+    bare = config | {"vision_gen_enc_config": {}, "vision_gen_dec_config": {"params": None}}
+    found = JanusFlowConfig.from_hf(bare, {"width": 96, "heads": 6})
+    assert (found.gen_encoder, found.gen_decoder) == (GenEncoderConfig(), GenDecoderConfig())
+    vit = found.siglip
+    assert (vit.width, vit.heads, vit.patch_size, vit.layers) == (96, 6, 14, 27)
+    assert vit.mlp_width == int(96 * 3.7362)
+    for wrong in (None, [], "uvit"):
+        with pytest.raises(ValueError, match="not a JanusFlow"):
+            JanusFlowConfig.from_hf(config | {"vision_gen_enc_config": wrong})
 
 
 def test_full_size_keys_and_shapes():

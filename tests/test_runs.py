@@ -164,6 +164,14 @@ def test_other_numbers_of_records_are_refused(opened):
         opened(records=9).restore(state(0))
 
 
+def test_processes_with_other_files_are_refused(opened, monkeypatch):
+    """Each would shuffle by its own number, and their parts would be of different batches."""
+    other = '{"text: text.jsonl (train)": 12}'
+    monkeypatch.setattr(runs.distributed, "gather_texts", lambda text: [text, other])
+    with pytest.raises(ValueError, match=r"text\.jsonl \(train\) has from 10 to 12 records"):
+        opened(records=10)
+
+
 def test_what_lies_ahead_of_this_course_does_not_push_its_checkpoints_out(opened, tmp_path):
     """A damaged one that was passed, and what a rewind left behind."""
     saved = opened(keep=3, keep_best=False)
