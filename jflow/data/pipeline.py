@@ -31,7 +31,7 @@ from jflow.data.streams import TaskStream
 from jflow.distributed import gather_texts
 from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlowConfig
-from jflow.models.vae import VAEConfig
+from jflow.models.vae import VAEConfig, latent_side
 from jflow.prompts import Tokenizer
 
 _BROKEN_FLOOR = 1_000  # records that the share of broken ones is taken of, at least
@@ -322,13 +322,13 @@ def checkpoint_loader(
     model = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip"))
     vae = models.get("vae")
     size = model.siglip.image_size
-    latent_size = size // (VAEConfig.from_hf(vae).downscale if vae else 1)
+    side = latent_side(size, VAEConfig.from_hf(vae) if vae else None)
     return Loader(
         config,
         Tokenizer.from_files(files),
         ImageProcessor.from_files(files),
         image_size=size,
-        latent_tokens=model.gen_encoder.tokens_along(latent_size) ** 2,
+        latent_tokens=model.gen_encoder.tokens_along(side) ** 2,
         cache=cache,
         **share,
     )

@@ -2,7 +2,7 @@
 
 from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlowConfig
-from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.models.vae import AutoencoderKL, VAEConfig, latent_side
 from jflow.prompts import Tokenizer
 
 # A model without VAE that reads so many channels works on pixels: they are its latents.
@@ -54,7 +54,7 @@ def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, i
             "This checkpoint has no VAE, which generation needs: convert it again with "
             "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
         )
-    side = config.siglip.image_size // (vae.downscale if vae else 1)
+    side = latent_side(config.siglip.image_size, vae)
     back = config.gen_encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
     if back != side:
         raise ValueError(

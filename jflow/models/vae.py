@@ -77,6 +77,11 @@ class VAEConfig:
         return known | _fixed_fields(len(channels))
 
 
+def latent_side(image_size: int, vae: VAEConfig | None) -> int:
+    """Latents along a side of an image of so many pixels, which are its latents without a VAE."""
+    return image_size // (vae.downscale if vae else 1)
+
+
 def _fixed_fields(blocks: int) -> dict:
     """What diffusers' config.json says of an autoencoder like SDXL's beside VAEConfig's fields."""
     return {

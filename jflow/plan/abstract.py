@@ -14,7 +14,7 @@ from jflow.models.janusflow import JanusFlowConfig, abstract_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
 from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
-from jflow.models.vae import AutoencoderKL, VAEConfig
+from jflow.models.vae import AutoencoderKL, VAEConfig, latent_side
 from jflow.sharding import MESH_AXES
 
 # deepseek-ai/JanusFlow-1.3B's config.json, and the SDXL VAE.
@@ -91,7 +91,7 @@ def batch(
     texts, images = part_sizes(data, step, row_multiple)
     place, length = placed_rows(mesh), data.max_seq_len
     size, seen = model.siglip.image_size, 1 + model.siglip.num_tokens
-    side = size // (vae.downscale if vae else 1)
+    side = latent_side(size, vae)
     drawn = 1 + model.gen_encoder.tokens_along(side) ** 2
 
     def of(dtype, *shape):

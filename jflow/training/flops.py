@@ -18,7 +18,7 @@ from jflow.models.janusflow import JanusFlowConfig
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
 from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
-from jflow.models.vae import VAEConfig
+from jflow.models.vae import VAEConfig, latent_side
 
 # Dense bfloat16 operations per second of one jax.Device, by its device_kind. H100 and H200: the
 # fastest matrix product measured (their data sheets say 989e12); the others: data sheets.
@@ -119,7 +119,7 @@ def step_cost(
       cached: what does not run for images to generate: "vae", "siglip".
     """
     siglip, encoder, decoder = model.siglip, model.gen_encoder, model.gen_decoder
-    size = siglip.image_size // (vae.downscale if vae else 1)
+    size = latent_side(siglip.image_size, vae)
     grid, width = encoder.tokens_along(size) ** 2, model.language.hidden_size
 
     def times(name: str, flows: bool) -> int:
