@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+# How to turn a picture upright, by EXIF's number of how it lies.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -32,7 +43,9 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"{path} is not an image that can be read.") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has too many pixels: scale it down first.") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Decoders raise whatever they like at damaged data.
         raise ValueError(f"{path} is damaged or truncated: {error}.") from error
 
 
@@ -40,7 +53,17 @@ def decode(file: str | Path | BinaryIO) -> Image.Image:
     """Upright RGB of an encoded image; raises whatever PIL raises at what is none."""
     with Image.open(file) as opened:
         opened.load()
-        return to_rgb(ImageOps.exif_transpose(opened))
+        return to_rgb(_upright(opened))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its EXIF data say. Whatever else stands there may be broken: PIL's exif_transpose
+    would parse and write back all of it."""
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # of many types; the pixels are as good as before
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

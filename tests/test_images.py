@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jflow import images
 from jflow.images import ImageProcessor
@@ -138,6 +138,36 @@ def test_exif_rotation_is_applied(tmp_path, form, tag, value):
     assert got.shape == upright.shape
     assert np.abs(got[4:12, 4:12] - (255, 0, 0)).max() < 16
     assert np.abs(got[4:28, 24:44] - 255).max() < 16
+
+
+def test_all_orientations_are_those_of_pil():
+    for tag in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        file = io.BytesIO(encoded(Image.fromarray(NOISE), "PNG", exif=exif))
+        want = ImageOps.exif_transpose(Image.open(file))
+        np.testing.assert_array_equal(images.decode(file), want)
+
+
+def tiff(*entries: tuple[int, int, int]) -> bytes:
+    """EXIF data of (tag, type, value)."""
+    packed = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + packed + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "exif, size",
+    [
+        (b"Exif\0\0II*\0", (8, 4)),
+        (b"Exif\0\0garbage!", (8, 4)),
+        # On its side; PIL cannot write back the unit of its resolution, which is too large.
+        (tiff((0x0112, 3, 6), (0x0128, 4, 70_000)), (4, 8)),
+    ],
+)
+def test_broken_exif_costs_no_picture(tmp_path, exif, size):
+    Image.new("RGB", (8, 4), "red").save(tmp_path / "a.png", exif=exif)
+    picture = images.load_image(tmp_path / "a.png")
+    assert picture.size == size and np.all(np.asarray(picture) == (255, 0, 0))
 
 
 def test_cmyk_is_converted(tmp_path):
