@@ -20,7 +20,7 @@ IMAGE_TAG = "<image_placeholder>"
 # "chat" is the released one; "pretrain" is the paper's for stages 1 and 2: captions and questions
 # without roles, questions behind their images.
 Template = Literal["chat", "pretrain"]
-JOINED = "the tokenizer joins a question and its reply in one token"
+JOINED = "The tokenizer joins a question and its reply in one token: end it with a space or a mark."
 _END_OF_TURN = "<｜end▁of▁sentence｜>"
 
 
@@ -150,7 +150,15 @@ class Tokenizer:
         return self.encode_with_ends(text)[0]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """`encode`, and behind which character of the text each token ends."""
+        """`encode`, and behind which character of the text each token ends.
+
+        Raises ValueError for half of a surrogate pair, which is no character.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            part = text[error.start : error.end]
+            raise ValueError(f"The text holds {part!r}, which is no character.") from error
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids = [self.image_id if i == self._released_image_id else i for i in encoding.ids]
         ends = [end for _, end in encoding.offsets]
@@ -215,21 +223,24 @@ def understanding_tokens_with_ends(
     tokenizer: Tokenizer, messages: Sequence[Message], num_images: int, system_prompt: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """`understanding_tokens`, and [L] behind which character of `chat_text` each of them ends."""
+    ids, ends = tokenizer.encode_with_ends(chat_text(messages, system_prompt))
+    _check_questions(messages, ids.count(tokenizer.image_id), num_images, tokenizer.image_tag)
+    image, found = image_tokens(tokenizer), []
+    for token, end in zip(ids, ends, strict=True):
+        found += [(t, end) for t in (image if token == tokenizer.image_id else [token])]
+    tokens, ends = np.array(found, np.int32).T
+    return tokens, ends
+
+
+def _check_questions(messages: Sequence[Message], tags: int, num_images: int, tag: str) -> None:
+    """Raises ValueError for an empty turn of the user, and for other placeholders than images."""
     if any(message.role == "User" and not message.content.strip() for message in messages):
         raise ValueError("The question is empty: write what you want to know.")
-    ids, ends = map(np.array, tokenizer.encode_with_ends(chat_text(messages, system_prompt)))
-    places = np.flatnonzero(ids == tokenizer.image_id)
-    if len(places) != num_images:
+    if tags != num_images:
         raise ValueError(
-            f"The conversation has {len(places)} {tokenizer.image_tag} but {num_images} images "
-            f"came with it: write one for each image."
+            f"The conversation has {tags} {tag} but {num_images} images came with it: write one "
+            f"for each image."
         )
-    image = image_tokens(tokenizer)
-    copies = np.ones(len(ids), int)
-    copies[places] = len(image)
-    tokens = np.repeat(ids, copies).astype(np.int32)
-    tokens[np.repeat(ids == tokenizer.image_id, copies)] = image * num_images
-    return tokens, np.repeat(ends, copies)
 
 
 def image_slots(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -260,8 +271,10 @@ def plain_tokens(
 
     The images come first, then the texts with spaces between, EOS after each answer; nothing stands
     for an empty one. Gives also the first and the end of every answer with its EOS. Raises
-    ValueError where a question and its answer meet in one token.
+    ValueError as `understanding_tokens`, and where a question and its answer meet in one token.
     """
+    tags = sum(message.content.count(IMAGE_TAG) for message in messages)
+    _check_questions(messages, tags, num_images, IMAGE_TAG)
     bos = tokenizer.encode("")
     tokens, spans = [*bos, *image_tokens(tokenizer) * num_images], []
     for user, assistant in zip(messages[::2], messages[1::2], strict=True):

@@ -118,6 +118,16 @@ def test_plain_format_of_pretraining():
 
 
 @pytest.mark.parametrize("fmt", [CHAT, PLAIN])
+@pytest.mark.parametrize(
+    "count, question", [(0, "<image>\nWhat?"), (2, "<image>\nWhat?"), (1, "<image><image>What?")]
+)
+def test_other_placeholders_than_images_are_refused(fmt, count, question):
+    record = {"images": [encoded()] * count, "conversations": turns(question, "This.")}
+    with pytest.raises(ValueError, match=f"but {count} images came with it"):
+        understanding_example(record, fmt, 0)
+
+
+@pytest.mark.parametrize("fmt", [CHAT, PLAIN])
 def test_inference_reads_what_training_saw(fmt, tiny):
     """Up to the reply, and up to the latents; the template is the one of the run's pictures."""
     sources = [{"task": "text", "template": "chat"}]
