@@ -2,6 +2,8 @@
 
 python sample.py --ckpt DIR --prompt "a photo of a red circle" --num 4 --out samples
 python sample.py --ckpt DIR --image photo.jpg --question "What is in this picture?"
+
+Where there are several hosts, each runs the same command, and the first one writes.
 """
 
 import argparse
@@ -13,12 +15,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jflow import images
+from jflow import distributed, images
 from jflow.compilation import CompileStats, enable_cache, out_of_memory
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
 from jflow.plan import sampling
@@ -26,8 +29,8 @@ from jflow.prompts import Message, user_question
 from jflow.samplers import SOLVERS
 from jflow.sharding import MeshConfig, make_mesh
 
-# The prompts in grid.png: nobody looks at a picture of thousands of rows.
-GRID_PROMPTS = 64
+# The rows and columns of grid.png at most: nobody looks at a picture of thousands.
+GRID_PROMPTS, GRID_IMAGES = 64, 16
 QUESTION_FORM = '{"question": TEXT, "image": FILE or [FILE, ...]}'
 
 
@@ -38,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder of jflow.convert or train.py")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, float32 on a CPU")
-    add("--seed", type=_seed, default=0)
+    add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8)
     add(
         "--mesh",
@@ -92,6 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=512)
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--top-p", type=float, default=1.0)
+    distributed.add_arguments(parser)
     args = parser.parse_args(argv)
 
     drawing = bool(args.prompt or args.prompts)
@@ -104,17 +108,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --question or --questions, not both.")
     if args.strength is not None and not args.init_image:
         parser.error("--strength says how much of --init-image is kept: give one.")
+    if not 0 <= args.seed < 2**32:  # JAX would take the lower 32 bits alone.
+        parser.error(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}.")
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1.")
     if args.strength is None:
         args.strength = 0.6 if args.init_image else 1.0
     return args
-
-
-def _seed(text: str) -> int:
-    if not -(2**63) <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no integer of 64 bits.")
-    return int(text)
 
 
 def mesh_config(text: str) -> MeshConfig:
@@ -143,11 +143,20 @@ def mesh_of(text: str) -> jax.sharding.Mesh | None:
 def read_lines(path: str) -> dict[int, str]:
     """The non-empty lines of a text file by their numbers; raises ValueError when there is none."""
     # Not splitlines: JSON may hold the other characters that it splits at.
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as such.") from error
     found = {number: line.strip() for number, line in enumerate(lines, 1) if line.strip()}
     if not found:
         raise ValueError(f"{path} is empty.")
     return found
+
+
+def say(text: str, **how: Any) -> None:
+    """`print` on the first of the processes."""
+    if distributed.is_first():
+        print(text, **how)
 
 
 def image_options(args: argparse.Namespace) -> ImageOptions:
@@ -168,29 +177,30 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
     texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
     options = image_options(args)
     init_image = images.load_image(args.init_image) if args.init_image else None
+    first = distributed.is_first()
     settings = {name: str(value) for name, value in vars(options).items()}
     settings |= {"ckpt": args.ckpt, "software": "jflow"}
     if args.init_image:
         settings["init_image"] = args.init_image
 
     out, drawn, shown = Path(args.out), 0, []
-    batches = pipeline.generate(texts, args.num, options, args.batch_size, init_image)
-    total = len(texts) * args.num
-    count = -(-total // max(1, pipeline.rows(min(args.batch_size, total))))
-    for batch in tqdm(batches, total=count, desc="drawing", unit="batch"):
-        for image in batch:
-            prompt, index = divmod(drawn, args.num)
-            metadata = settings | {"prompt": texts[prompt], "index": str(index)}
-            images.save_png(image, out / f"{prompt:04d}_{index:03d}.png", metadata)
-            drawn += 1
-            if prompt < GRID_PROMPTS:
-                shown.append(image)
-    grid = images.make_grid(shown, columns=args.num)
-    prompts = "\n".join(texts[:GRID_PROMPTS])
-    images.save_png(grid, out / "grid.png", settings | {"prompts": prompts})
-    some = f" (of the first {GRID_PROMPTS} prompts)" if len(shown) < drawn else ""
-    print(f"{drawn} images and grid.png{some} in {out}")
-    return drawn
+    columns, total = min(args.num, GRID_IMAGES), len(texts) * args.num
+    with tqdm(total=total, desc="drawing", unit="image", disable=not first) as bar:
+        for batch in pipeline.generate(texts, args.num, options, args.batch_size, init_image):
+            for image in batch if first else ():
+                prompt, index = divmod(drawn, args.num)
+                metadata = settings | {"prompt": texts[prompt], "index": str(index)}
+                images.save_png(image, out / f"{prompt:04d}_{index:03d}.png", metadata)
+                drawn += 1
+                if prompt < GRID_PROMPTS and index < columns:
+                    shown.append(image)
+            bar.update(len(batch))
+    if first:
+        grid, prompts = images.make_grid(shown, columns), "\n".join(texts[:GRID_PROMPTS])
+        images.save_png(grid, out / "grid.png", settings | {"prompts": prompts})
+        some = f" ({len(shown)} of them)" if len(shown) < drawn else ""
+        print(f"{drawn} images and grid.png{some} in {out}")
+    return total
 
 
 def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
@@ -202,14 +212,14 @@ def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
         asked = user_question(text, len(pictures)) if turn == 0 else text
         messages += (Message("User", asked), Message("Assistant", ""))
         if turn or len(args.question) > 1:
-            print(f"> {text}")
+            say(f"> {text}")
         shown = ""
         for (answer,) in pipeline.answer([Question(messages, pictures, turn)], options):
             # A character of several tokens shows as a replacement character until it is whole.
             ready = answer.rstrip("\N{REPLACEMENT CHARACTER}")
-            print(ready[len(shown) :], end="", flush=True)
+            say(ready[len(shown) :], end="", flush=True)
             shown = ready
-        print(answer[len(shown) :])
+        say(answer[len(shown) :])
         messages = messages[:-1] + (Message("Assistant", answer),)
     return len(args.question)
 
@@ -263,13 +273,16 @@ def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
     asked = list(read_questions(args.questions, pipeline))
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial, written = out.with_name(out.name + ".tmp"), 0
+    first = distributed.is_first()
+    partial, written = out.with_name(out.name + ".tmp") if first else Path(os.devnull), 0
+    starts = range(0, len(asked), args.batch_size)
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            for first in tqdm(range(0, len(asked), args.batch_size), desc="answering"):
-                batch = asked[first : first + args.batch_size]
+        # JSON may hold halves of surrogate pairs, and escapes of them are JSON again.
+        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for start in tqdm(starts, desc="answering", disable=not first):
+                batch = asked[start : start + args.batch_size]
                 questions = [
-                    Question(one.messages, tuple(map(images.load_image, one.files)), first + i)
+                    Question(one.messages, tuple(map(images.load_image, one.files)), start + i)
                     for i, one in enumerate(batch)
                 ]
                 *_, answers = pipeline.answer(questions, options)
@@ -279,8 +292,9 @@ def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
                 written += len(batch)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} The {written} answers before it are in {partial}.") from error
-    os.replace(partial, out)
-    print(f"{written} answers in {out}")
+    if first:
+        os.replace(partial, out)
+    say(f"{written} answers in {out}")
     return written
 
 
@@ -300,7 +314,7 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
     count = work(args, pipeline)
     compiling = stats.seconds - before.seconds
     running = time.perf_counter() - loaded - compiling
-    print(
+    say(
         f"loading {loaded - began:.1f} s, compiling {compiling:.1f} s "
         f"({stats.compiled} programs compiled, {stats.cached} from the cache), "
         f"running {running:.1f} s: {running / count:.2f} s each",
@@ -316,7 +330,10 @@ def main(argv: list[str] | None = None) -> int:
             options = image_options(args)
             fits = sampling.tell(args.ckpt, args.plan, mesh, options, args.batch_size, dtype)
             return 0 if fits else 1
-        run(args, enable_cache())
+        distributed.start(args.coordinator, args.processes, args.process)
+        stats = enable_cache()
+        with distributed.failing_together():
+            run(args, stats)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2

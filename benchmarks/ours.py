@@ -49,7 +49,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
     vae = AutoencoderKL(VAEConfig(), dtype=dtype, param_dtype=dtype)
 
     def sample(batch):
-        tokens, lengths = pad_rows(workload.prompts(batch), PROMPT_BUCKET, 0)
+        tokens, lengths = pad_rows(workload.prompts(batch), PROMPT_BUCKET)
         z = workload.noise(batch)
         began = time.perf_counter()
         latents = sample_latents(
@@ -60,7 +60,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
 
     def answer():
         """Seconds of the decoding alone; the prompt's last logits and all new tokens."""
-        tokens, lengths = pad_rows(workload.question(), PROMPT_BUCKET, 0)
+        tokens, lengths = pad_rows(workload.question(), PROMPT_BUCKET)
         pixels = np.zeros((1, 0, 1, 1, 3), np.float32)
         slots = np.zeros((1, 0, 1), np.int32)
         state = prefill(answering, unstacked, tokens, lengths, pixels, slots, workload.new_tokens)

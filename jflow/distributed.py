@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `start`: --coordinator, --processes, --process."""
     group = parser.add_argument_group(
         "processes",
-        "TPU pods, SLURM, Kubernetes jobs and Open MPI are found without these flags.",
+        "TPU slices, SLURM and Open MPI are found without these flags; so are Kubernetes jobs on "
+        "TPUs and, where the package kubernetes is installed, on others.",
     )
     group.add_argument("--coordinator", metavar="HOST:PORT", help="a free port of process 0's host")
     group.add_argument("--processes", type=int, metavar="N", help="how many; 1 looks for no others")

@@ -1,5 +1,6 @@
 """Runs of several processes, real ones that meet on this machine, and what ends them."""
 
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import sample
 import train
 from jflow import distributed, sharding
 from jflow.training import runs
@@ -41,7 +43,8 @@ def free_port() -> int:
 
 
 class Processes:
-    """`count` processes of one run, each with so many devices; program: python's arguments."""
+    """`count` processes of one run, each with so many devices; program: python's arguments;
+    folder: its flag for the run's."""
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Processes:
         pause: float = 0.0,
         devices: int = 1,
         program: tuple[str, ...] = ("-m", "tests.processes"),
+        folder: str = "--run",
     ):
         address = f"127.0.0.1:{free_port()}"
         environment = os.environ | {
@@ -60,14 +64,14 @@ class Processes:
             "PAUSE": str(pause),
             "PYTHONUNBUFFERED": "1",
         }
-        train_py = [sys.executable, *program, *arguments, "--run", str(run)]
+        command = [sys.executable, *program, *arguments, folder, str(run)]
         self.run, self.logs, self.all = run, [], []
         for i in range(count):
             own = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
             self.logs.append(run.with_name(f"{run.name}.{i}.log"))
             with self.logs[-1].open("w") as output:
                 process = subprocess.Popen(
-                    [*train_py, *own], cwd=REPO, env=environment, stdout=output, stderr=output
+                    [*command, *own], cwd=REPO, env=environment, stdout=output, stderr=output
                 )
             self.all.append(process)
 
@@ -141,6 +145,34 @@ def test_two_processes_do_what_one_does(begin, command, tmp_path, monkeypatch): 
         alone(command, run, f"steps={stopped + 2}")
     assert len({line["ids"] for line in log(one)}) > 2
     assert_same_course(both, one, stopped + 2)
+
+
+@pytest.mark.parametrize("work", ["draw", "ask"])
+def test_sample_py_on_two_processes(tiny_ckpt, tmp_path, work):
+    """They share the batch, the first one writes; what it writes is what one process does."""
+    if work == "draw":
+        (tmp_path / "prompts").write_text("a cat\ntwo cats\ntea", encoding="utf-8")
+        arguments = ["--prompts", str(tmp_path / "prompts"), "--num", "1", "--steps", "2"]
+    else:
+        cat = str(REPO / "docs" / "cat.jpg")
+        questions = [{"question": "What is this?", "image": cat}, {"question": "Hello!"}]
+        (tmp_path / "q").write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
+        arguments = ["--questions", str(tmp_path / "q"), "--max-new-tokens", "8"]
+    arguments += ["--ckpt", str(tiny_ckpt)]
+    both, one = tmp_path / "both", tmp_path / "one"
+    two = Processes(arguments, both, 2, program=("sample.py",), folder="--out")
+    first, second = two.finish()
+    assert sample.main([*arguments, "--out", str(one)]) == 0
+    for text in (f"in {both}", "running"):
+        assert text in first and text not in second
+    names = [sorted(file.name for file in folder.iterdir()) for folder in (both, one)]
+    assert names[0] == names[1] and names[0]
+    if work == "ask":
+        assert (both / "answers.jsonl").read_text() == (one / "answers.jsonl").read_text()
+    else:
+        for name in names[0]:
+            a, b = (np.asarray(Image.open(folder / name), np.int32) for folder in (both, one))
+            assert np.abs(a - b).max() <= 1, name
 
 
 MEETING = """

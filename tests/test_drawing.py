@@ -31,7 +31,7 @@ GEN = golden("golden_tiny_gen")
 
 def latents(tiny, texts, indices, bucket=PROMPT_BUCKET, seed=7, scale=2.0, steps=4, **options):
     rows = [prompts.generation_tokens(tiny.tokenizer, text) for text in texts]
-    tokens, lengths = pad_rows(rows, bucket, tiny.tokenizer.pad_id)
+    tokens, lengths = pad_rows(rows, bucket)
     z = initial_noise(seed, np.array(indices), tiny.latent_shape)
     grid = flow.time_grid(steps, official_rounding=options.pop("official_rounding", False))
     return np.asarray(

@@ -1,5 +1,6 @@
 """A checkpoint, ready to draw and to answer."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class ImageOptions:
     strength: float = 1.0
 
     def __post_init__(self):
+        _require_finite(self, "guidance_scale", "shift")
         if self.solver not in SOLVERS:
             raise ValueError(f"Unknown solver {self.solver!r}: choose from {', '.join(SOLVERS)}.")
         if not 0 < self.strength <= 1:
@@ -81,12 +83,19 @@ class AnswerOptions:
     seed: int = 0
 
     def __post_init__(self):
+        _require_finite(self, "temperature")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0:
             raise ValueError(f"temperature must not be negative, and is {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], not {self.top_p}.")
+
+
+def _require_finite(options: ImageOptions | AnswerOptions, *names: str) -> None:
+    for name in names:
+        if not math.isfinite(value := getattr(options, name)):
+            raise ValueError(f"{name} must be a number, not {value}.")
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,11 @@ class Question:
     id: int = 0
 
 
-def pad_rows(rows: Sequence[np.ndarray], multiple: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows of different length -> [B, T] padded at the right with T a multiple, and [B]."""
+def pad_rows(rows: Sequence[np.ndarray], multiple: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows of different length -> [B, T] with zeros at the right, T a multiple, and [B]."""
     lengths = np.array([len(row) for row in rows], np.int32)
-    tokens = np.full((len(rows), -(-lengths.max() // multiple) * multiple), fill, np.int32)
+    # Nothing sees them; but unlike the tokenizer's padding, 0 has an embedding in every model.
+    tokens = np.zeros((len(rows), -(-lengths.max() // multiple) * multiple), np.int32)
     for row, target in zip(rows, tokens, strict=True):
         target[: len(row)] = row
     return tokens, lengths
@@ -229,7 +239,7 @@ class Pipeline:
         side = self.model.config.gen_encoder.tokens_along(shape[0])
         for row in rows:
             self._check(row, 1 + side**2, "prompt and image")
-        tokens, lengths = pad_rows(rows, PROMPT_BUCKET, self.tokenizer.pad_id)
+        tokens, lengths = pad_rows(rows, PROMPT_BUCKET)
         start = None
         if init_image is not None:
             size = self.model.config.siglip.image_size
@@ -296,7 +306,7 @@ class Pipeline:
         positions = self.model.config.language.max_position_embeddings
         limits = [min(options.max_new_tokens, positions - len(row)) for row in rows]
         most = max(limits)
-        tokens, lengths = pad_rows(rows, PROMPT_BUCKET, tokenizer.pad_id)
+        tokens, lengths = pad_rows(rows, PROMPT_BUCKET)
         pixels, slots = self._place_images(questions, rows, tokens.shape[1])
         ids = np.array([question.id for question in questions])
         ids, *given = map(self._place, (ids, tokens, lengths, pixels, slots))
