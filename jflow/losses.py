@@ -32,13 +32,13 @@ _logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _chunk_loss(lm_head: jax.Array, x: jax.Array, target: jax.Array) -> jax.Array:
-    """Sum of -log p(target) over x [B, c, D] and target [B, c]."""
+    """[B] the sum of -log p(target) over each row of x [B, c, D] and target [B, c]."""
     logits = _logits(x, lm_head)
     # A comparison and a sum, not a gather: they stay local where the vocabulary is split.
     chosen = jnp.arange(logits.shape[-1]) == target[..., None]
     picked = jnp.sum(jnp.where(chosen, logits, 0), axis=-1)
     nll = jax.nn.logsumexp(logits, axis=-1) - picked
-    return jnp.sum(jnp.where(target >= 0, nll, 0))
+    return jnp.sum(jnp.where(target >= 0, nll, 0), axis=-1)
 
 
 @jax.custom_vjp
@@ -48,8 +48,8 @@ def _chunk_loss_if_any(lm_head: jax.Array, x: jax.Array, target: jax.Array) -> j
     Its derivative is written out: left to itself, all that it needs of the logits would have to
     leave the branch that has them.
     """
-    arguments = lm_head, x, target
-    return jax.lax.cond(jnp.any(target >= 0), _chunk_loss, lambda *_: jnp.float32(0), *arguments)
+    arguments, nothing = (lm_head, x, target), jnp.zeros(len(x), jnp.float32)
+    return jax.lax.cond(jnp.any(target >= 0), _chunk_loss, lambda *_: nothing, *arguments)
 
 
 def _chunk_loss_forward(lm_head, x, target):
@@ -74,7 +74,7 @@ _chunk_loss_if_any.defvjp(_chunk_loss_forward, _chunk_loss_backward)
 def autoregressive(
     hidden: jax.Array, lm_head: jax.Array, targets: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Sum of -log p(target) and how many targets there are, float32 (eq. 6).
+    """Sum of -log p(target) and how many targets there are, of each row, float32 [B] (eq. 6).
 
     Args:
       hidden: [B, L, D] after the final norm; products are computed in its dtype.
@@ -102,10 +102,10 @@ def autoregressive(
             rearrange(hidden, "B (n c) D -> n B c D", c=chunk),
             rearrange(targets, "B (n c) -> n B c", c=chunk),
         )
-        return jax.lax.scan(add, jnp.zeros((), jnp.float32), parts)[0][None]
+        return jax.lax.scan(add, jnp.zeros(len(hidden), jnp.float32), parts)[0]
 
     total = by_rows(negative_log_likelihood, lm_head, hidden, targets)
-    return jnp.sum(total), jnp.sum(targets >= 0).astype(jnp.float32)
+    return total, jnp.sum(targets >= 0, axis=1).astype(jnp.float32)
 
 
 def rectified_flow(v: jax.Array, x: jax.Array, z0: jax.Array) -> jax.Array:

@@ -161,13 +161,13 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def by_rows(compute: Callable, weight: jax.Array, *rows: jax.Array) -> jax.Array:
-    """compute(weight, *rows) on each device's own rows -> one sum a device.
+    """compute(weight, *rows) on each device's own rows -> [B], a number of each row.
 
     The weight is gathered once before and its gradient summed once behind, however many times
     `compute` uses it in a loop; left to itself, the partitioner does both in every turn of it.
 
     Args:
-      compute: gives its sum over the rows as [1]. weight: [D, V], split as "embed" and "vocab".
+      compute: gives [b] for its b rows. weight: [D, V], split as "embed" and "vocab".
       rows: arrays [B, ...].
     """
     mesh, batch = jax.sharding.get_abstract_mesh(), MESH_AXES["batch"]

@@ -24,18 +24,19 @@ def test_chunked_cross_entropy_equals_torch(chunk, seed):
 
     def mean(hidden, kernel):
         total, count = losses.autoregressive(hidden, kernel, targets, chunk)
-        return total / count, count
+        return jnp.sum(total) / jnp.sum(count), (total, count)
 
-    (loss, count), gradients = jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True))(
+    (loss, (totals, counts)), gradients = jax.jit(jax.value_and_grad(mean, (0, 1), has_aux=True))(
         hidden, kernel
     )
     x, k = (torch.tensor(a, dtype=torch.float64, requires_grad=True) for a in (hidden, kernel))
-    logits = (x @ k).reshape(-1, 37)
-    want = torch.nn.functional.cross_entropy(
-        logits, torch.tensor(targets.reshape(-1)).long(), ignore_index=-1
+    each = torch.nn.functional.cross_entropy(
+        (x @ k).mT, torch.tensor(targets).long(), ignore_index=-1, reduction="none"
     )
+    want = each.sum() / 9
     want.backward()
-    assert count == 9
+    assert counts.tolist() == [3, 6]
+    close(totals / counts, each.sum(1).detach() / torch.tensor([3, 6]))
     close(loss, want.item())
     close(gradients[0], x.grad)
     close(gradients[1], k.grad)
@@ -51,7 +52,7 @@ def test_only_as_many_chunks_as_targets_fill_have_logits():
     kernel = rng.standard_normal((8, 5), np.float32)
 
     def loss(hidden, kernel):
-        return losses.autoregressive(hidden, kernel, targets, chunk)[0]
+        return jnp.sum(losses.autoregressive(hidden, kernel, targets, chunk)[0])
 
     want = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
     hidden[targets < 0] = np.nan
@@ -62,7 +63,7 @@ def test_only_as_many_chunks_as_targets_fill_have_logits():
 def test_cross_entropy_without_targets_is_zero_with_zero_gradient():
     hidden, kernel = jnp.ones((1, 4, 8)), jnp.ones((8, 5))
     total, gradient = jax.value_and_grad(
-        lambda h: losses.autoregressive(h, kernel, jnp.full((1, 4), -1), 2)[0]
+        lambda h: losses.autoregressive(h, kernel, jnp.full((1, 4), -1), 2)[0][0]
     )(hidden)
     assert total == 0
     np.testing.assert_array_equal(gradient, 0)
@@ -74,7 +75,7 @@ def test_logits_of_all_tokens_never_exist_at_once():
     targets = jnp.zeros((1, 2048), jnp.int32)
 
     def temporary(chunk):
-        gradient = jax.grad(lambda h, k: losses.autoregressive(h, k, targets, chunk)[0], (0, 1))
+        gradient = jax.grad(lambda h, k: losses.autoregressive(h, k, targets, chunk)[0][0], (0, 1))
         compiled = jax.jit(gradient).lower(hidden, kernel).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -91,7 +92,7 @@ def test_cross_entropy_of_bfloat16_hidden_states():
     targets = jnp.asarray(rng.integers(0, 50, (2, 64)))
 
     def loss(hidden, kernel):
-        return losses.autoregressive(hidden, kernel, targets, 16)[0] / targets.size
+        return jnp.sum(losses.autoregressive(hidden, kernel, targets, 16)[0]) / targets.size
 
     got, got_grad = jax.value_and_grad(loss, 1)(hidden, kernel)
     want, want_grad = jax.value_and_grad(loss, 1)(hidden.astype(jnp.float32), kernel)

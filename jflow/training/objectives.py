@@ -30,7 +30,7 @@ class ObjectiveConfig:
 
     # The paper's sum of the three has no coefficients.
     ar_weight: float = 1.0
-    rf_weight: float = 1.0
+    rf_weight: float = 1.0  # of the mean over latent elements; their number gives eq. 7's sum
     repa_weight: float = 1.0  # 0 leaves REPA out, and the SigLIP pass that it needs
     repa_layer: int = 6  # after which block of the language model, from 1 (section 3.3)
     time_density: str = "logit_normal"  # as SD3; or "uniform"
@@ -116,12 +116,19 @@ def _images(a: jax.Array | None) -> jax.Array | None:
 
 
 def text_sums(params: dict, rows: TextRows, modules: Modules, config: ObjectiveConfig) -> Sums:
-    """ "ar": -log p over the targets of understanding and text rows."""
+    """ "ar": -log p over all targets; "ar_understanding" and "ar_text": of rows with and without
+    images."""
     model, variables = modules.model, {"params": params["janusflow"]}
     x = model.apply(variables, rows.tokens, rows.pixels, rows.slots, method="embed_understanding")
     out = model.apply(variables, x, rows.positions, rows.segment_ids, method="language")
     lm_head = params["janusflow"]["language_model"]["lm_head"]["kernel"]
-    return {"ar": losses.autoregressive(out.hidden, lm_head, rows.targets, config.ar_chunk)}
+    each = losses.autoregressive(out.hidden, lm_head, rows.targets, config.ar_chunk)
+    seeing = jnp.any(rows.slots[..., 0] < rows.tokens.shape[1], axis=1)
+
+    def over(chosen):
+        return tuple(jnp.sum(jnp.where(chosen, values, 0)) for values in each)
+
+    return {"ar": over(True), "ar_understanding": over(seeing), "ar_text": over(~seeing)}
 
 
 def image_sums(
