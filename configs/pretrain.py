@@ -8,8 +8,9 @@ text for the first 10,000 steps, then 14:80:6; 390,000 steps of 512 rows of 4,09
 """
 
 from configs.meshes import on
+from configs.prompts import PROMPTS
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
-from jflow.training.config import TrainConfig
+from jflow.training.config import SamplesConfig, TrainConfig
 from jflow.training.optimizer import PRETRAINING, OptimizerConfig
 
 SOURCES = (
@@ -34,5 +35,6 @@ def get_config(hardware: str = "") -> TrainConfig:
             batch_rows=512,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4, warmup_steps=2000),
+        samples=SamplesConfig(prompts=PROMPTS, every=5000),
     )
     return on(hardware, config)

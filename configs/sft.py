@@ -4,8 +4,9 @@ python train.py --config configs/sft.py
 """
 
 from configs.meshes import on
+from configs.prompts import PROMPTS
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
-from jflow.training.config import TrainConfig
+from jflow.training.config import SamplesConfig, TrainConfig
 from jflow.training.optimizer import SFT, OptimizerConfig
 
 SOURCES = (
@@ -27,5 +28,6 @@ def get_config(hardware: str = "") -> TrainConfig:
             batch_rows=256,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-5, warmup_steps=1000),
+        samples=SamplesConfig(prompts=PROMPTS, every=2000),
     )
     return on(hardware, config)

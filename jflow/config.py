@@ -30,42 +30,47 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise ValueError(f"{path} must define get_config().")
-    parameters, given = inspect.signature(get_config).parameters, {}
+    parameters, given, others = inspect.signature(get_config).parameters, {}, []
     for assignment in overrides:
-        name, _, text = assignment.partition("=")
-        if name in parameters:
+        name, separator, text = assignment.partition("=")
+        if separator and name in parameters:
             given[name] = _parse(text, parameters[name].default, assignment)
+        else:
+            others.append(assignment)
     config = get_config(**given)
-    for assignment in overrides:
-        if assignment.partition("=")[0] not in parameters:
-            config = override(config, assignment)
+    for assignment in others:
+        config = override(config, assignment, tuple(parameters))
     return config
 
 
-def override(config: Any, assignment: str) -> Any:
+def override(config: Any, assignment: str, arguments: Sequence[str] = ()) -> Any:
     """A copy of a config with one field changed.
 
     Args:
       assignment: "a.b.2.c=value": fields by name, entries of tuples by number. The value is read
         as the type of the one it replaces; None, tuples and numbers where None was are written as
         in Python.
+      arguments: of get_config, which may be what was meant.
 
     Raises ValueError in one sentence, with the nearest name for one that does not exist.
     """
     path, separator, text = assignment.partition("=")
     if not separator:
         raise ValueError(f"{assignment!r} is no override: write field=value.")
-    return _replace(config, path.split("."), text, assignment)
+    return _replace(config, path.split("."), text, assignment, arguments)
 
 
-def _replace(node: Any, names: Sequence[str], text: str, assignment: str) -> Any:
+def _replace(
+    node: Any, names: Sequence[str], text: str, assignment: str, arguments: Sequence[str] = ()
+) -> Any:
     if not names:
         return _parse(text, node, assignment)
     name, *rest = names
     if dataclasses.is_dataclass(node):
         fields = [field.name for field in dataclasses.fields(node)]
         if name not in fields:
-            raise ValueError(f"{assignment}: there is no field {name!r}{_nearest(name, fields)}.")
+            near = _nearest(name, [*fields, *arguments])
+            raise ValueError(f"{assignment}: there is no field {name!r}{near}.")
         value = _replace(getattr(node, name), rest, text, assignment)
         kind = typing.get_type_hints(type(node))[name]
         if not _fits(value, kind):

@@ -100,6 +100,15 @@ def test_files(tmp_path):
     file = tmp_path / "run.py"
     file.write_text("def get_config():\n    return 3\n")
     assert config.load(file) == 3
+    file.write_text("def get_config(hardware: str = ''):\n    return hardware\n")
+    assert config.load(file, ["hardware=v5e-64"]) == "v5e-64"
+    with pytest.raises(ValueError, match="'hardware' is no override: write field=value."):
+        config.load(file, ["hardware"])
+    file.write_text(
+        "from tests.test_config import Run\ndef get_config(hardware: str = ''):\n    return Run()\n"
+    )
+    with pytest.raises(ValueError, match="no field 'hardwar'; did you mean 'hardware'?"):
+        config.load(file, ["hardwar=v5e-64"])
     file.write_text("x = 3\n")
     with pytest.raises(ValueError, match="must define get_config"):
         config.load(file)
