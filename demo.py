@@ -27,7 +27,7 @@ def page(pipeline: Pipeline) -> gr.Blocks:
         try:
             options = ImageOptions(steps=int(steps), guidance_scale=guidance, seed=int(seed or 0))
             return list(np.concatenate(list(pipeline.generate([prompt], 4, options))))
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:  # The seed may be any integer.
             raise gr.Error(str(error)) from error
 
     def ask(image: Image.Image | None, question: str) -> Iterator[str]:
@@ -70,10 +70,10 @@ def main() -> int:
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
         pipeline = Pipeline.from_checkpoint(args.ckpt, dtype)
+        page(pipeline).launch(server_port=args.port)
     except (ValueError, OSError) as error:
         print(f"demo.py: {error}", file=sys.stderr)
         return 2
-    page(pipeline).launch(server_port=args.port)
     return 0
 
 

@@ -12,7 +12,10 @@ import time
 from functools import reduce
 from pathlib import Path
 
-from jflow.compilation import enable_cache
+import jax
+
+from jflow.checkpoints import find_checkpoint
+from jflow.compilation import enable_cache, out_of_memory
 from jflow.config import override
 from jflow.evals.benchmark import BenchmarkConfig, answer_scores, ask, draw
 from jflow.evals.geneval import score, shuffled
@@ -26,21 +29,23 @@ def scores(ckpt: str, untrained: str | None, config: BenchmarkConfig, out: Path)
 
     "generation": plain GenEval scores, "generation_strict": nothing else may be in the picture;
     "chance": the same pictures against other prompts; "answers_chance": the same questions about
-    other pictures.
+    other pictures; "..._unseen": of pairs never seen.
     """
+    if untrained is not None:
+        find_checkpoint(untrained)  # Said now, not after an hour's scores.
     pipeline = Pipeline.from_checkpoint(ckpt)
     found = {}
     for split, suffix in (("seen", ""), ("unseen", "_unseen")):
         drawn, answered = draw(pipeline, split, config), ask(pipeline, split, config)
-        result = score(drawn.pictures, drawn.records)
-        found[f"generation{suffix}"] = result["plain"]
-        found[f"generation{suffix}_strict"] = result["strict"]
+        others = shuffled(drawn.records, config.seed)
+        for name, records in (("generation", drawn.records), ("chance", others)):
+            result = score(drawn.pictures, records)
+            found[f"{name}{suffix}"] = result["plain"]
+            found[f"{name}{suffix}_strict"] = result["strict"]
+        elsewhere = ask(pipeline, split, config, shift=config.pictures // 2)
         found[f"answers{suffix}"] = answer_scores(answered)
+        found[f"answers_chance{suffix}"] = answer_scores(elsewhere)
         if split == "seen":
-            others = score(drawn.pictures, shuffled(drawn.records, config.seed))
-            found["chance"], found["chance_strict"] = others["plain"], others["strict"]
-            elsewhere = ask(pipeline, split, config, shift=config.pictures // 2)
-            found["answers_chance"] = answer_scores(elsewhere)
             about = {"checkpoint": ckpt}
             save_png(drawing_page(drawn), out / "drawn.png", about)
             save_png(answer_page(answered), out / "answered.png", about)
@@ -96,6 +101,11 @@ def main(argv: list[str] | None = None) -> int:
         partial.replace(args.out / "scores.json")
     except (ValueError, OSError) as error:
         print(f"jflow.evals: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print("jflow.evals: out of memory; lower batch_size=64.", file=sys.stderr)
         return 2
     print(table(found))
     print(f"{found['seconds']} seconds; pictures and scores are in {args.out}")
