@@ -298,10 +298,10 @@ def test_rectified_flow_loss_and_gradients(tiny):
     check_loss_and_gradients(objective, tiny.params["janusflow"], "rf")
 
 
-def test_autoregressive_loss_and_gradients(tiny):
+def test_trap_5_autoregressive_loss_and_gradients(tiny):
     """All samples packed into one row, logits in chunks that do not divide it.
 
-    Trap 5: the released forward detaches beg_of_und_embed; here it has a gradient.
+    The released forward detaches beg_of_und_embed; here it has a gradient.
     """
     mask, labels = GRAD["ar.in.attention_mask"], GRAD["ar.in.labels"]
     samples, length = mask.shape

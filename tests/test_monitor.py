@@ -15,6 +15,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jflow.batch import Batch
+from jflow.data.pipeline import BatchStats
 from jflow.training import metrics
 from jflow.training.flops import Cost
 from jflow.training.metrics import Meter
@@ -74,9 +75,11 @@ def test_weights_and_biases_where_it_is_asked_for(tmp_path, monkeypatch):
     calls = []
     fake = SimpleNamespace(
         init=lambda **settings: calls.append(settings) or fake,
-        log=lambda values, step: calls.append((step, values)),
+        log=calls.append,
         finish=lambda: calls.append("finish"),
+        define_metric=lambda *names, **how: calls.append((names, how)),
         Image=lambda picture, caption: (picture.shape, caption),
+        Html=lambda text: text,
     )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     Log(tmp_path / "quiet", 0, "", {}).close()
@@ -84,11 +87,19 @@ def test_weights_and_biases_where_it_is_asked_for(tmp_path, monkeypatch):
     log = Log(tmp_path / "run", 0, "janus", {"seed": 3})
     log.write(1, {"loss": 2.0})
     log.write_samples(1, np.zeros((2, 3, 3), np.uint8), "text")
+    log.write_samples(2, None, "1 < 2")
     log.close()
-    settings, *rest = calls
-    assert (settings["project"], settings["id"], settings["resume"]) == ("janus", "run", "allow")
+    settings, axis, *rest = calls
+    assert (settings["project"], settings["resume"]) == ("janus", "allow")
+    assert settings["id"] == f"{tmp_path.name}-run"  # runs/demo/train is not runs/shapes/train
+    assert axis == (("*",), {"step_metric": "step"})
     assert settings["config"] == {"seed": 3}
-    assert rest == [(1, {"loss": 2.0}), (1, {"samples": ((2, 3, 3), "text")}), "finish"]
+    assert rest == [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "samples": ((2, 3, 3), "text")},
+        {"step": 2, "samples": "<pre>1 &lt; 2</pre>"},
+        "finish",
+    ]
 
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
@@ -129,13 +140,15 @@ def test_speeds_are_counts_over_time(monkeypatch):
         with meter.waiting("data"):
             now[0] += 2
         now[0] += 3
-        meter.add({"rf": (np.float32(3), np.float32(2))}, batch, padding=0.25)
+        meter.add({"rf": (np.float32(3), np.float32(2))}, batch, BatchStats(0.25, 6, 3, ("a: b",)))
     values = meter.read()
     flops = 2 * (9 * 10 + 45 + 100) / 10
     assert values == pytest.approx(
         {
             "rf": 1.5,
             "padding": 0.25,
+            "left_out": 0.5,
+            "broken_records": 2,
             "seconds_per_step": 5,
             "tokens_per_second": 1.8,
             "images_per_second": 0.2,
@@ -145,7 +158,7 @@ def test_speeds_are_counts_over_time(monkeypatch):
         }
     )
     now[0] += 1
-    meter.add({"rf": (np.float32(1), np.float32(1))}, batch, padding=0)
+    meter.add({"rf": (np.float32(1), np.float32(1))}, batch, BatchStats(0, 0, 0, ()))
     assert meter.read()["seconds_per_step"] == 1  # Begun anew.
 
 

@@ -47,6 +47,9 @@ step = jax.jit(
 )
 
 
+FIRST, SECOND = jnp.int32(0), jnp.int32(1)  # mixtures
+
+
 def new_state(stage=optimizer.ADAPTATION, config=OPTIMIZER):
     return states.init(params(), stage, optimizer.adamw(config))
 
@@ -138,6 +141,18 @@ def test_non_finite_step_is_skipped_and_counted():
     assert not equal(after.params, state.params)
 
 
+@pytest.mark.parametrize("off, skipped", [((7, 0), 1), ((0, 7), 1), ((5, 5), 0)])
+def test_a_step_six_sigma_off_is_skipped(off, skipped):
+    """Its loss or its gradient, by what the guard knows of them."""
+    _, metrics = step(new_state(), BATCH, optimizer=OPTIMIZER)
+    level = [metrics["loss"][0], np.log(metrics["gradient_norm"][0])]
+    mean = jnp.asarray(level - 0.1 * np.array(off))
+    known = Guard(FIRST, jnp.int32(300), mean, jnp.full(2, 0.01))
+    after, metrics = step(new_state().replace(guard=known), BATCH, optimizer=OPTIMIZER)
+    assert metrics["skipped"] == (skipped, 1)
+    assert equal(after.params, new_state().params) == bool(skipped)
+
+
 def test_an_update_that_is_not_finite_is_skipped_too():
     """Without eps, a gradient of 0 divides 0 by 0: the loss is finite, the parameters would not be.
 
@@ -158,9 +173,6 @@ def test_one_number_that_is_none_is_found(part):
     which = max(range(len(leaves)), key=lambda i: leaves[i].size)
     leaves[which] = leaves[which].at[..., -1].set(jnp.inf)
     assert not states.is_finite(state.replace(**{part: structure.unflatten(leaves)}))
-
-
-FIRST, SECOND = jnp.int32(0), jnp.int32(1)  # mixtures
 
 
 def watched(guard: Guard, losses, norms, mixture=FIRST) -> tuple[Guard, list[bool]]:

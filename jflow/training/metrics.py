@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jflow.batch import Batch
+from jflow.data.pipeline import BatchStats
 from jflow.training.flops import Cost, Work, count_work
 from jflow.training.objectives import Sums
 
@@ -48,11 +49,12 @@ class Meter:
 
     def __init__(self, cost: Cost, peak: float, shares: int = 1):
         self._cost, self._peak, self._shares = cost, peak, shares
-        self._clear()
+        self.clear()
 
-    def _clear(self):
+    def clear(self) -> None:
+        """Forgets the steps since the last `read`, as a rewind does."""
         self._total: Sums = {}
-        self._padding: list[float] = []
+        self._stats: list[BatchStats] = []
         self._work = np.zeros(len(Work._fields))
         self._spent: dict[str, float] = {}
         self._began = time.perf_counter()
@@ -64,29 +66,33 @@ class Meter:
         yield
         self._spent[cause] = self._spent.get(cause, 0.0) + time.perf_counter() - began
 
-    def add(self, sums: Sums, batch: Batch, padding: float) -> None:
+    def add(self, sums: Sums, batch: Batch, stats: BatchStats) -> None:
         """A step. batch: a share of its rows, numpy arrays; the others are taken to do as much."""
         self._total = add_up(self._total, sums)
-        self._padding.append(padding)
+        self._stats.append(stats)
         self._work += np.array(count_work(batch)) * self._shares
 
     def read(self) -> dict[str, float]:
-        """The `means` since the last call, speeds and shares of time; begins anew.
+        """The `means` since the last call, speeds and shares of time and, of this process's
+        samples, how many did not fit; begins anew.
 
         Waits for the last step to be computed.
         """
         values = means(self._total)
         seconds = time.perf_counter() - self._began
-        work = Work(*self._work)
+        work, steps = Work(*self._work), len(self._stats)
         flops = self._cost.of(work) / seconds
         values |= {
-            "padding": sum(self._padding) / len(self._padding),
-            "seconds_per_step": seconds / len(self._padding),
+            "padding": sum(stats.padding for stats in self._stats) / steps,
+            "left_out": sum(stats.left_out for stats in self._stats)
+            / max(1, sum(stats.samples for stats in self._stats)),
+            "broken_records": sum(len(stats.broken) for stats in self._stats),
+            "seconds_per_step": seconds / steps,
             "tokens_per_second": work.tokens / seconds,
             "images_per_second": (work.understood + work.generated) / seconds,
             "tflops_per_second": flops / 1e12,
             "mfu": flops / self._peak,
         }
         values |= {f"share_waiting_for_{name}": s / seconds for name, s in self._spent.items()}
-        self._clear()
+        self.clear()
         return values

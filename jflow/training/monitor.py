@@ -1,5 +1,6 @@
 """Where a run reports to: metrics.jsonl, TensorBoard, Weights & Biases; and a profiler's trace."""
 
+import html
 import io
 import json
 import time
@@ -17,8 +18,10 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 class Log:
     """RUN/metrics.jsonl, one object a line; RUN/tensorboard; and a project of Weights & Biases.
+    RUN/train.json has the config as it was resolved.
 
-    A run that is continued, or rewound, drops the lines that it will repeat.
+    A run that is continued, or rewound, drops the lines that it will repeat. Weights & Biases cannot,
+    and shows both.
 
     Args: step: of the state that the run goes on from; project: "" for no Weights & Biases;
       config: of the run, as JSON.
@@ -28,6 +31,7 @@ class Log:
 
     def __init__(self, run: Path, step: int, project: str, config: dict):
         run.mkdir(parents=True, exist_ok=True)
+        _write(run / "train.json", json.dumps(config, indent=1))
         self._file = run / "metrics.jsonl"
         self._events = EventFileWriter(str(run / "tensorboard"))
         self._wandb = _start_wandb(run, project, config) if project else None
@@ -37,9 +41,7 @@ class Log:
         """Drops what was written behind a step."""
         lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        partial = self._file.with_suffix(".tmp")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        partial.replace(self._file)
+        _write(self._file, "".join(f"{line}\n" for line in kept))
         # TensorBoard hides what an earlier file has of this step and those behind it.
         start = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
@@ -51,7 +53,7 @@ class Log:
         self._add(step, [Summary.Value(tag=k, simple_value=v) for k, v in values.items()])
         self._events.flush()
         if self._wandb:
-            self._wandb.log(values, step=step)
+            self._wandb.log({"step": step} | values)
 
     def write_samples(self, step: int, picture: np.ndarray | None, text: str) -> None:
         """A picture, uint8 [H, W, 3], and a text, both for TensorBoard and Weights & Biases."""
@@ -67,10 +69,13 @@ class Log:
             )
             values.append(Summary.Value(tag="samples/images", image=image))
         self._add(step, values)
-        if self._wandb and picture is not None:
+        if self._wandb:
             import wandb
 
-            self._wandb.log({"samples": wandb.Image(picture, caption=text)}, step=step)
+            shown = wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            if picture is not None:
+                shown = wandb.Image(picture, caption=text)
+            self._wandb.log({"step": step, "samples": shown})
 
     def _add(self, step: int, values: list[Summary.Value]) -> None:
         summary = Summary(value=values)
@@ -98,6 +103,12 @@ class NoLog:
         pass
 
 
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -113,9 +124,13 @@ def _start_wandb(run: Path, project: str, config: dict):
             "wandb is not installed: pip install wandb, or leave the config's wandb empty."
         ) from error
     # The same id, so that a continued run goes on in the same plot.
-    return wandb.init(
-        project=project, id=run.name, name=run.name, dir=str(run), config=config, resume="allow"
+    name = "-".join(run.resolve().parts[-2:])
+    begun = wandb.init(
+        project=project, id=name, name=name, dir=str(run), config=config, resume="allow"
     )
+    # Its own count of steps never goes back, and a rewound run does.
+    begun.define_metric("*", step_metric="step")
+    return begun
 
 
 class Trace:

@@ -2,7 +2,7 @@
 
 RUN/00001000/ is a checkpoint as sample.py and jflow.convert read it, its parameters the averaged
 ones, with the rest of the training state beside them. RUN/metrics.jsonl and RUN/tensorboard are the
-log, RUN/samples what was drawn on the way.
+log, RUN/train.json the config, RUN/samples what was drawn on the way.
 """
 
 import copy
