@@ -150,13 +150,7 @@ def make_meter(
     cached = set() if cache is None else {"vae"}
     if cache is not None and cache.blank.features is not None:
         cached.add("siglip")
-    cost = flops.step_cost(
-        modules.model.config,
-        modules.vae.config if modules.vae else None,
-        config.repa_hidden_size if config.objective.repa_weight else None,
-        trained={name for path in like.params for name in path.split("/")[:2]},
-        cached=cached,
-    )
+    cost = flops.stage_cost(config, modules, like.params, cached)
     peak = flops.peak_flops(jax.devices()[0], config.dtype) * jax.device_count()
     return Meter(cost, peak, shares)
 
@@ -252,13 +246,14 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
                 now = now.replace(data_offset=offset)
                 step, skipped_in_row = back, 0
                 log.go_back(step)
+                meter.clear()
                 bar.n = step
                 continue
             skipped_in_row, _ = sums.pop("skipped_in_row")
 
             step += 1
             last = step == config.steps or told_to_stop()
-            meter.add(sums, batch, stats.padding)
+            meter.add(sums, batch, stats)
             trace.after(step, sums, last)
             if step % config.log_every == 0 or last:
                 values = meter.read() | {"data_offset": position - step}

@@ -266,13 +266,7 @@ def prepare(size: Size, setting: Setting) -> Program | None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     make = partial(first_state, modules=modules, config=config)
     like = abstract(jax.eval_shape(make, shapes), mesh)
-    cost = flops.step_cost(
-        size.model,
-        modules.vae.config,
-        config.repa_hidden_size,
-        trained={name for path in like.params for name in path.split("/")[:2]},
-        cached=CACHED[task],
-    )
+    cost = flops.stage_cost(config, modules, like.params, CACHED[task])
     batch = make_batch(size, task, setting.rows)
     with jax.set_mesh(mesh):
         placed = place_batch(batch, mesh)

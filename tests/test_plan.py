@@ -11,12 +11,17 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sample
 import train
 from configs.meshes import HARDWARE
+from jflow.batch import Batch
 from jflow.config import load
+from jflow.data import packing
+from jflow.data.cache import CachedImage
+from jflow.data.mixture import part_sizes
 from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, abstract_params
 from jflow.models.layers import Precision
@@ -68,6 +73,14 @@ def test_every_listed_hardware_is_a_topology_that_its_mesh_fills():
         for stage, rows in (("adaptation", 512), ("pretrain", 512), ("sft", 256)):
             config = load(REPO / "configs" / f"{stage}.py", [f"hardware={name}"])
             assert config.data.batch_rows == rows and config.mesh == hardware.mesh
+
+
+def test_every_listed_hardware_is_planned_as_it_is_listed():
+    """The figures of docs/plans.md are those of the settings that a run would have."""
+    planned = json.loads((REPO / "benchmarks" / "results" / "plans.json").read_text("utf-8"))
+    for name, hardware in HARDWARE.items():
+        found = planned[name]["mesh"], planned[name]["remat"], planned[name]["accumulate"]
+        assert found == (vars(hardware.mesh), hardware.remat, hardware.accumulate), name
 
 
 @pytest.mark.parametrize(
@@ -151,6 +164,34 @@ def test_the_sampler_computes_what_the_closed_form_says():
     assert full == pytest.approx(92.1e12, rel=0.05)
 
 
+@pytest.mark.parametrize("cached", [set(), {"vae"}, {"vae", "siglip"}])
+def test_the_batch_of_a_plan_is_that_of_a_loader(cached):
+    """Shapes and dtypes: rows as `packing` makes them, moments and features as the networks do."""
+    data = load(REPO / "configs" / "pretrain.py", ["data.batch_rows=5"]).data
+    parts, params = tiny_training.modules(), tiny_training.params()
+    model, vae, pixels = parts.model.config, parts.vae.config, jnp.zeros((1, 32, 32, 3))
+
+    def encoded(network, name, method):
+        apply = partial(network.apply, method=method)
+        shapes = jax.eval_shape(apply, {"params": params[name]}, pixels)
+        return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), shapes)
+
+    moments = np.stack(encoded(parts.vae, "vae", "encode"))
+    features = encoded(parts.model, "janusflow", "image_features")
+    blank = CachedImage(-1, moments, features if "siglip" in cached else None)
+    tokens = tiny_training.TOKENS
+    sizes = 32, tokens, blank if cached else None
+    text = packing.text_row([], data.max_seq_len, data.images_per_row, 32, tokens)
+    images = packing.image_row([], [], data.max_seq_len, data.crops_per_row, *sizes)
+    texts, drawn = part_sizes(data, 0, 2)
+    want = Batch(tiny_training.stack([text] * texts), tiny_training.stack([images] * drawn))
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    got = abstract.batch(data, 0, 2, model, vae, mesh, cached)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
 # --- The page -------------------------------------------------------------------------------------
 
 
@@ -172,16 +213,24 @@ def small_step(config, models, params, mesh, attention):
 
 @pytest.fixture
 def without_compiler(monkeypatch):
-    """Programs of 300 GiB, less the more parts a batch has, on this machine's one device."""
+    """Steps of 300 GiB, less the more parts a batch has, and 50 GiB for each image that is drawn;
+    this machine's one device stands for as many as are asked for."""
+    figures = program.Figures(4e15, 1e12, 0, {"all-gather": program.Collective(48, 3e9)})
 
-    def compile_for(parts, place):
-        figures = program.Figures(4e15, 1e12, 0, {"all-gather": program.Collective(48, 3e9)})
+    def compile_step(parts, place):
         return compiling.Compiled(300 * 2**30 // parts, 0, figures, None)
 
+    def compile_drawing(lowered, place):
+        return compiling.Compiled(50 * 2**30 * lowered.out_info.shape[0], 0, figures, None)
+
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tiny_training.params())
-    monkeypatch.setattr(topology, "devices", lambda place: jax.devices()[:1])
-    monkeypatch.setattr(abstract, "begin", lambda *_: ({}, tree, False))
-    monkeypatch.setattr(training, "compile_for", compile_for)
+    model, siglip = tiny_training.CONFIG.to_hf()
+    vae = tiny_training.modules().vae.config.to_hf()
+    models = {"janusflow": model, "siglip": siglip, "vae": vae}
+    monkeypatch.setattr(topology, "devices", lambda place: jax.devices()[:1] * place.count)
+    monkeypatch.setattr(abstract, "begin", lambda *_: (models, tree, False))
+    monkeypatch.setattr(training, "compile_for", compile_step)
+    monkeypatch.setattr(sampling, "compile_for", compile_drawing)
 
 
 def test_the_page_says_what_fits(without_compiler, capsys):
@@ -197,6 +246,73 @@ def test_the_page_says_what_fits(without_compiler, capsys):
     assert "a step 5063 ms" in last and "390,000 steps: 22.9 days, 23 chip-days" in last
     assert "all-gather 48 times, 3.00 GB to each chip" in last
     assert "the sizes are the released model's" in last
+
+
+NONE_FITS = "None of these fits: take more chips, or chips with more memory."
+
+
+def tried(capsys) -> list[str]:
+    """What a page says of the settings that it tried."""
+    shown = capsys.readouterr().out
+    return shown.split("tried in turn:\n")[1].splitlines()
+
+
+@pytest.mark.parametrize(
+    "mesh, rows, split",
+    [
+        # Two heads: over two devices, but not over four or eight.
+        ((2, 2, 1), 4, ["  mesh.tensor=1 mesh.data=1 mesh.fsdp=-1: 300.00 GiB",
+                        "  mesh.tensor=2 mesh.data=1 mesh.fsdp=-1: 300.00 GiB"]),
+        ((2, 1, -1), 2, ["  mesh.tensor=2 mesh.data=1 mesh.fsdp=-1: 300.00 GiB"]),
+        ((1, 2, -1), 2, []),
+        ((-1, 4, 1), 4, ["  mesh.tensor=2 mesh.data=1 mesh.fsdp=-1: 300.00 GiB"]),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_together_is_not_tried(without_compiler, capsys, mesh, rows, split):
+    """Meshes of too many chips or for too few heads; parts of a batch with a row for each chip."""
+    config = load(REPO / "configs" / "pretrain.py", [f"data.batch_rows={rows}"])
+    assert not report.tell(replace(config, mesh=MeshConfig(*mesh)), "4xH100", small_step)
+    assert tried(capsys) == [*split, NONE_FITS]
+
+
+def test_what_a_cache_holds_costs_nothing(without_compiler):
+    """Neither the VAE's encoder nor, where it is not trained, REPA's SigLIP."""
+    parts = tiny_training.modules()
+    vae, siglip = parts.vae.config, parts.model.config.siglip
+
+    def planned(stage, *overrides):
+        config = load(REPO / "configs" / f"{stage}.py", ["steps=1", *overrides])
+        step = report.make_plan(config, "1xH200", small_step).main
+        drawn = work.model_work(config.data, 0, parts.model.config).generated
+        return step.model_flops / drawn, step.program_flops
+
+    moments, features = flops.vae_encode_flops(vae, 32), flops.siglip_flops(siglip)
+    for stage, saved in (("pretrain", moments + features), ("sft", moments)):
+        (encoding, more), (cached, less) = planned(stage), planned(stage, "data.cache=somewhere")
+        assert encoding - cached == pytest.approx(saved, rel=1e-6)
+        assert less < more
+
+
+def test_the_page_of_sampling_says_what_fits(without_compiler, capsys):
+    """128 GiB of an H200 have room for two images, the largest part of eight that fits."""
+    options, dtype = ImageOptions(), jnp.dtype("bfloat16")
+    assert sampling.tell("nowhere", "1xH200", MeshConfig(), options, 2, dtype)
+    shown = capsys.readouterr().out
+    assert "latents of 2 images\n  memory of a chip 100.00 GiB of 128.62 GiB: fits" in shown
+    assert "pixels of 2 images" in shown and "NOT" not in shown
+    # Latents and pixels take 4e15 operations each, at 790e12 a second.
+    assert "An image: 5063.3 ms at best, 0.2 a second." in shown
+    assert not sampling.tell("nowhere", "1xH200", MeshConfig(), options, 8, dtype)
+    assert tried(capsys) == ["  --batch-size 4: 200.00 GiB", "  --batch-size 2: 100.00 GiB"]
+    assert not sampling.tell("nowhere", "1xA100-40G", MeshConfig(), options, 2, dtype)
+    assert tried(capsys) == ["  --batch-size 1: 50.00 GiB", NONE_FITS]
+
+
+def test_a_batch_of_one_image_a_chip_is_helped_by_splitting_parameters():
+    mesh = make_mesh(MeshConfig(4, 1, 1), jax.devices()[:1] * 4)
+    found = [(change, dict(mesh.shape), rows) for change, mesh, rows in sampling.lighter(mesh, 8)]
+    before, after = ({"data": d, "fsdp": f, "tensor": 1} for d, f in ((4, 1), (1, 4)))
+    assert found == [("--batch-size 4", before, 4), ("--batch-size 4 --mesh fsdp=4", after, 4)]
 
 
 def test_memory_by_kind_adds_up(without_compiler):

@@ -45,7 +45,8 @@ def test_a_convolution_counts_what_is_no_padding(padding, stride):
 
 
 # As a TPU compiler writes it: a product as a convolution, a gather in two fusions, a kernel's notes
-# over several lines, a loop of 48 in steps of two, of which it says no more.
+# over several lines, a loop of 48 in steps of two, of which it says no more, and arrays and slices
+# fetched into the vector memory, S(1), ahead of their use.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %fused.1 (p.0: bf16[64,32], p.1: bf16[32,16], p.2: bf16[8,16]) -> bf16[64,16] {
@@ -84,6 +85,11 @@ TPU = """HloModule jit_step, is_scheduled=true
   ROOT %compare = pred[] compare(%i.1, %last), direction=LT
 }
 
+%async_computation (p.4: bf16[64,32]) -> bf16[8,32] {
+  %p.4 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.1 = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} slice(%p.4), slice={[0:8], [0:32]}
+}
+
 ENTRY %main (a: bf16[64,32], b: bf16[32,16], c: bf16[8,16]) -> bf16[64,32] {
   %a = bf16[64,32]{1,0} parameter(0)
   %b = bf16[32,16]{1,0} parameter(1)
@@ -93,6 +99,10 @@ ENTRY %main (a: bf16[64,32], b: bf16[32,16], c: bf16[8,16]) -> bf16[64,32] {
   %while = (s32[], bf16[64,32]{1,0}, bf16[32,16]{1,0}, bf16[8,16]{1,0}) while(%start), condition=%condition, body=%body
   %all-reduce = f32[100]{0} all-reduce(%zero), channel_id=1, replica_groups=[2,8]<=[16], to_apply=%condition
   %all-to-all = f32[100]{0} all-to-all(%zero), channel_id=1, replica_groups=mesh['a'=16,'b'=1,'c'=4], device_ids=([4,16]T(1,0)) {'a'}, dimensions={0}
+  %copy-start = (bf16[32,16]{1,0:T(8,128)(2,1)S(1)}, bf16[32,16]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%b)
+  %copy-done = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} copy-done(%copy-start)
+  %slice-start = ((bf16[64,32]{1,0:T(8,128)(2,1)}), bf16[8,32]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) async-start(%a), calls=%async_computation
+  %slice-done = bf16[8,32]{1,0:T(8,128)(2,1)S(1)} async-done(%slice-start)
   ROOT %out = bf16[64,32]{1,0} get-tuple-element(%while), index=1
 }
 """  # noqa: E501
@@ -111,6 +121,18 @@ def test_what_a_tpu_program_does():
     # Of 4 bytes each of 16 chips keeps its part, of those in the other order of the mesh.
     assert figures.collectives["all-to-all"] == program.Collective(1, 15 / 16 * 4)
     assert program.largest_gather(text) == 4 * 8 * 16
+
+
+def test_what_is_fetched_ahead_is_read_once():
+    """As the one array [32, 16], as the part [8, 32] of another; neither is written to HBM."""
+    text = hlo.parse(TPU)
+    used = {
+        each.name: runs * program.memory_bytes(each, text.computations[name], text)
+        for name, each, runs in text.instructions()
+        if name in ("main", "async_computation")
+    }
+    assert used["copy-start"] == 32 * 16 * 2 and used["copy-done"] == 0
+    assert used["slice.1"] == 8 * 32 * 2 and used["slice-start"] == used["slice-done"] == 0
 
 
 def test_groups_that_are_not_understood_are_no_guess():

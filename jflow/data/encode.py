@@ -30,8 +30,10 @@ from jflow.training.config import TrainConfig
 _SIGLIP = "vision_und_enc_model"
 
 
-def encoders_of(params: dict, config: TrainConfig) -> Encoders:
-    """What identifies a run's encoders, from the parameters that it begins with.
+def cached_encoders(params: dict, config: TrainConfig) -> set[str]:
+    """Which networks a cache stands in for: "vae", and "siglip" where REPA needs it untrained.
+
+    Args: params: that the run begins with; their shapes are enough.
 
     Raises ValueError for a checkpoint without a VAE: there is nothing to cache.
     """
@@ -39,15 +41,24 @@ def encoders_of(params: dict, config: TrainConfig) -> Encoders:
         raise ValueError(
             f"{config.init_from} has no VAE, its latents are the pixels: set data.cache to ''."
         )
-    siglip = {f"janusflow/{_SIGLIP}": params["janusflow"][_SIGLIP]}
-    paths = flatten_dict(siglip, sep="/")
+    paths = flatten_dict(_siglip(params), sep="/")
     trained = any(re.match(pattern, path) for pattern in config.trainable for path in paths)
-    use_features = config.objective.repa_weight and not trained
+    return {"vae"} if trained or not config.objective.repa_weight else {"vae", "siglip"}
+
+
+def encoders_of(params: dict, config: TrainConfig) -> Encoders:
+    """What identifies a run's encoders; arguments and errors of `cached_encoders`."""
+    cached = cached_encoders(params, config)
     return Encoders(
         vae=_checksum(params["vae"]),
-        siglip=_checksum(siglip) if use_features else None,
+        siglip=_checksum(_siglip(params)) if "siglip" in cached else None,
         dtype=config.dtype,
     )
+
+
+def _siglip(params: dict) -> dict:
+    """Under the paths that the whole tree has."""
+    return {"janusflow": {_SIGLIP: params["janusflow"][_SIGLIP]}}
 
 
 def open_cache(config: TrainConfig, params: dict, models: dict) -> ImageCache | None:

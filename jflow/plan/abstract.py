@@ -1,6 +1,7 @@
 """What is compiled for a plan: models, parameters and batches as shapes, nothing allocated."""
 
 import functools
+from collections.abc import Set
 from pathlib import Path
 
 import jax
@@ -82,11 +83,12 @@ def placed_rows(mesh: Mesh) -> NamedSharding:
 
 def batch(
     data: DataConfig, step: int, row_multiple: int, model: JanusFlowConfig, vae: VAEConfig | None,
-    mesh: Mesh,
+    mesh: Mesh, cached: Set[str] = frozenset(),
 ) -> Batch:  # fmt: skip
     """What the loader gives the step, as jax.ShapeDtypeStruct on the mesh.
 
     Args: row_multiple: as the loader is given it. vae: None where the model works on pixels.
+    cached: what comes from data.cache, "vae" the moments and "siglip" the features.
     """
     texts, images = part_sizes(data, step, row_multiple)
     place, length = placed_rows(mesh), data.max_seq_len
@@ -111,12 +113,13 @@ def batch(
         )  # fmt: skip
     if images:
         crops, channels = data.crops_per_row, model.gen_encoder.input_channels
-        cached = bool(data.cache)
+        moments, features = (2, side, side, channels), (model.siglip.num_tokens, model.siglip.width)
         image = ImageRows(
             **{name: ids(images, length) for name in ("tokens", "positions", "segment_ids")},
-            pixels=of(jnp.float32, images, crops, size, size, 3),
+            pixels=None if "siglip" in cached else of(jnp.float32, images, crops, size, size, 3),
             slots=ids(images, crops, drawn),
             sample_ids=ids(images, crops),
-            moments=of(jnp.float32, images, crops, 2, side, side, channels) if cached else None,
+            moments=of(jnp.float32, images, crops, *moments) if "vae" in cached else None,
+            features=of(jnp.float32, images, crops, *features) if "siglip" in cached else None,
         )
     return Batch(text=text, images=image)

@@ -29,6 +29,11 @@ class Compiled:
     text: hlo.Program | None
 
 
+def fits(compiled: Compiled, place: Topology) -> bool:
+    """On each chip. Where the compiler found no room, what it names may be less than all."""
+    return compiled.figures is not None and compiled.needed <= place.hardware.memory
+
+
 def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
     """Compiles what was lowered for topology.devices(place).
 
@@ -117,9 +122,8 @@ def program_lines(compiled: Compiled, place: Topology, memory: dict[str, int]) -
 
     Args: memory: bytes by kind.
     """
-    room = place.hardware.memory
-    verdict = "fits" if compiled.needed <= room else "does NOT fit"
-    yield f"memory of a chip {gib(compiled.needed)} of {gib(room)}: {verdict}"
+    verdict = "fits" if fits(compiled, place) else "does NOT fit"
+    yield f"memory of a chip {gib(compiled.needed)} of {gib(place.hardware.memory)}: {verdict}"
     yield from (f"  {name:24}{gib(size)}" for name, size in memory.items())
     figures = compiled.figures
     if figures is None:

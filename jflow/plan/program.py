@@ -228,12 +228,16 @@ def memory_bytes(
     written = sum(a.bytes for a in instruction.arrays if a.space == 0)
     whole = [sum(a.bytes for a in each if a.space == 0) for each in given]
     if instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * written
+        part = sum(a.bytes for a in instruction.arrays)
+        return written + (part if whole[0] else 0.0)
     if instruction.opcode == "dynamic-update-slice":
-        return 2 * whole[1]
+        return whole[1] + (sum(a.bytes for a in given[1]) if written else 0.0)
     if instruction.opcode == "fusion":
         body = program.computations[next(name for _, name in instruction.called())]
         return _fused(body, whole, written)
+    # The type of a start names its operands too: what it reads is in `written`. Not so of a sum.
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        return written
     return written + sum(whole)
 
 

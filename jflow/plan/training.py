@@ -1,21 +1,23 @@
 """train.py --plan: the step of a stage, compiled for a slice or a host, and what it will cost."""
 
-import math
+import functools
 import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
+from jflow.config import override
+from jflow.data.encode import cached_encoders
 from jflow.data.mixture import part_sizes
 from jflow.models.attention import Implementation
 from jflow.models.janusflow import JanusFlowConfig
 from jflow.models.layers import Remat
 from jflow.plan import abstract, topology, work
-from jflow.plan.compiling import Compiled, attention, chip_bytes, compile_for
+from jflow.plan.compiling import Compiled, attention, chip_bytes, compile_for, fits
 from jflow.plan.topology import Topology
-from jflow.sharding import MeshConfig, check_heads, make_mesh, row_multiple
+from jflow.sharding import check_heads, make_mesh, row_multiple
 from jflow.training import flops
 from jflow.training.config import TrainConfig
 from jflow.training.objectives import Modules
@@ -78,7 +80,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return all(step.compiled.needed <= self.topology.hardware.memory for step in self.phases)
+        return all(fits(step.compiled, self.topology) for step in self.phases)
 
 
 def make_plan(
@@ -88,35 +90,36 @@ def make_plan(
 
     Args: name: see topology.parse. released: what to take where there is no config.init_from.
 
-    Raises ValueError in one sentence for an unknown topology, for a compiler that is not installed
-    and for a mesh that does not fit the model.
+    Raises ValueError in one sentence for an unknown topology, for a compiler that is not installed,
+    for a mesh that does not fit the model or the batch and for a cache of what it does not have.
     """
     place = topology.parse(name)
     devices = topology.devices(place)
     models, params, found = abstract.begin(config.init_from, released)
     mesh = make_mesh(config.mesh, devices)
     modules, state, step = make(config, models, params, mesh, attention(place))
+    cached = cached_encoders(params, config) if config.data.cache else frozenset()
     language = modules.model.config.language
     check_heads(language.num_attention_heads, language.kv_heads, mesh)
     starts = [phase.from_step for phase in config.data.mixture if phase.from_step < config.steps]
     phases = []
     for start, end in zip(starts, [*starts[1:], config.steps], strict=True):
-        phases.append(_compile(place, config, modules, state, step, mesh, start, end - start))
+        phases.append(
+            _compile(place, config, modules, cached, state, step, mesh, start, end - start)
+        )
     return Plan(place, config, dict(mesh.shape), found, tuple(phases))
 
 
-def _compile(place, config, modules, state, step, mesh, start, steps) -> Step:
+def _compile(place, config, modules, cached, state, step, mesh, start, steps) -> Step:
     """The phase that starts at step `start`."""
     data, model = config.data, modules.model.config
     vae = modules.vae.config if modules.vae else None
     multiple = row_multiple(mesh) * config.optimizer.accumulate
-    batch = abstract.batch(data, start, multiple, model, vae, mesh)
+    batch = abstract.batch(data, start, multiple, model, vae, mesh, cached)
     with jax.set_mesh(mesh):
         compiled = compile_for(step.lower(state, batch), place)
-    trained = {name for path in state.params for name in path.split("/")[:2]}
-    repa = config.repa_hidden_size if config.objective.repa_weight else None
-    cached = {"vae"} if data.cache else set()
-    cost = flops.step_cost(model, vae, repa, trained, cached)
+    cost = flops.stage_cost(config, modules, state.params, cached)
+    trained = flops.module_names(state.params)
     splash = place.hardware.platform == "tpu"
     return Step(
         steps=steps,
@@ -139,39 +142,41 @@ def _compile(place, config, modules, state, step, mesh, start, steps) -> Step:
     )
 
 
-def neighbours(config: TrainConfig, devices: int) -> Iterator[tuple[str, TrainConfig]]:
-    """(overrides, config) that need less memory, the least costly first: more remat, the state
-    split over all devices, more parts of a batch, then heads split too."""
-    changed: tuple[str, ...] = ()
+def neighbours(config: TrainConfig, mesh: dict[str, int]) -> Iterator[str]:
+    """Overrides that need less memory, the least costly first: more remat, the state split over all
+    devices, more parts of a batch, then heads split too. Not all fit the model, chips and batch.
 
-    def with_mesh(tensor):
-        return replace(config, mesh=MeshConfig(1, devices // tensor, tensor))
+    Args: mesh: that of `config`, its sizes known.
+    """
+
+    def over_all(tensor: int) -> str:
+        # In this order no two sizes are ever -1.
+        return f"mesh.tensor={tensor} mesh.data=1 mesh.fsdp=-1"
 
     policies = typing.get_args(Remat)
     for policy in policies[policies.index(config.remat) + 1 :]:
-        yield f"remat={policy}", replace(config, remat=policy)
-    if config.remat != "full":
-        changed, config = ("remat=full",), replace(config, remat="full")
-    if config.mesh.data != 1:
-        changed, config = (*changed, "mesh.data=1", "mesh.fsdp=-1"), with_mesh(config.mesh.tensor)
-        yield " ".join(changed), config
+        yield f"remat={policy}"
+    remat = ["remat=full"] if config.remat != "full" else []
+    changed = [*remat, over_all(mesh["tensor"])] if mesh["data"] != 1 else remat
+    if changed != remat:
+        yield " ".join(changed)
     for parts in (2, 4, 8):
         accumulate = config.optimizer.accumulate * parts
-        if accumulate * devices <= config.data.batch_rows:
-            optimizer = replace(config.optimizer, accumulate=accumulate)
-            more = f"optimizer.accumulate={accumulate}"
-            yield " ".join((*changed, more)), replace(config, optimizer=optimizer)
-    for tensor in (2 * config.mesh.tensor, 4 * config.mesh.tensor):
-        if devices % tensor == 0:
-            more = f"mesh.data=1 mesh.fsdp=-1 mesh.tensor={tensor}"
-            yield " ".join((*changed, more)), with_mesh(tensor)
+        yield " ".join([*changed, f"optimizer.accumulate={accumulate}"])
+    for more in (2, 4):
+        yield " ".join([*remat, over_all(more * mesh["tensor"])])
 
 
 def nearest(wanted: Plan, make: Program) -> Iterator[tuple[str, Plan]]:
     """(overrides, plan) of settings tried one after another, up to the first that fits."""
-    tried = neighbours(wanted.config, math.prod(wanted.mesh.values()))
-    for (change, config), _ in zip(tried, range(MOST_TRIES), strict=False):
-        found = make_plan(config, wanted.topology.name, make)
+    tries = 0
+    for change in neighbours(wanted.config, wanted.mesh):
+        config = functools.reduce(override, change.split(), wanted.config)
+        try:
+            found = make_plan(config, wanted.topology.name, make)
+        except ValueError:  # See `neighbours`.
+            continue
         yield change, found
-        if found.fits:
+        tries += 1
+        if found.fits or tries == MOST_TRIES:
             return

@@ -6,7 +6,7 @@ of the attention matrix that causality hides. So MFU is comparable between set-u
 """
 
 import time
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
 from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
 from jflow.models.vae import VAEConfig, latent_side
+from jflow.training.config import TrainConfig
+from jflow.training.objectives import Modules
 
 # Dense bfloat16 operations per second of one jax.Device, by its device_kind. H100 and H200: the
 # fastest matrix product measured (their data sheets say 989e12); the others: data sheets.
@@ -152,6 +154,24 @@ def step_cost(
         understood=understood,
         generated=generated,
     )
+
+
+def stage_cost(
+    config: TrainConfig, modules: Modules, trained: Iterable[str], cached: Set[str]
+) -> Cost:
+    """`step_cost` of a stage. trained: the paths of its trained parameters."""
+    return step_cost(
+        modules.model.config,
+        modules.vae.config if modules.vae else None,
+        config.repa_hidden_size if config.objective.repa_weight else None,
+        module_names(trained),
+        cached,
+    )
+
+
+def module_names(paths: Iterable[str]) -> set[str]:
+    """The modules that parameters belong to: "janusflow/language_model/..." to "language_model"."""
+    return {name for path in paths for name in path.split("/")[:2]}
 
 
 def token_flops(config: LlamaConfig) -> float:
