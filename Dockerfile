@@ -15,5 +15,6 @@ COPY configs configs
 COPY scripts scripts
 COPY train.py sample.py ./
 # docker run jflow train.py --config ...: begins anew where it failed, and saves when it is stopped.
+# Whatever else is to end with its first error: docker run --entrypoint python jflow sample.py ...
 ENTRYPOINT ["scripts/until_done.sh", "python"]
 CMD ["train.py", "--help"]

@@ -10,7 +10,7 @@
 #
 # TYPE and RUNTIME: v5litepod-64 with v2-alpha-tpuv5-lite, v5p-64 (counted in cores: 32 chips) with
 # v2-alpha-tpuv5, v6e-64 with v2-alpha-tpuv6e. The run folder must be one that all hosts see; MOUNT
-# is a command that makes it so, run on each host by `install`.
+# is a command that makes it so, run on each host by every `install`, so it must bear repetition.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TPU:?a name for the slice}" "${ZONE:?a zone, as us-west4-a}"
@@ -24,18 +24,20 @@ create() {
         --version "${RUNTIME:?as v2-alpha-tpuv5-lite}" "$@"
 }
 
-install() {
-    local folder
-    folder=$(mktemp -d)
-    git archive --format tar.gz --output "$folder/jflow.tar.gz" HEAD
-    "${tpu[@]}" scp "$folder/jflow.tar.gz" "$TPU:jflow.tar.gz" "${every[@]}"
-    rm -r "$folder"
-    # The hosts' own Python may be older than what jflow needs; uv brings another.
-    on_all "mkdir -p jflow && tar -xzf jflow.tar.gz -C jflow && cd jflow &&
-        python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH &&
-        uv venv --quiet --allow-existing --python '>=3.11' .venv &&
-        uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]' && ${MOUNT:-true}"
-}
+# A shell of its own, which removes its folder however it ends; joined by &&, as `set -e` is off in
+# what `keep` calls.
+install() (
+    folder=$(mktemp -d) && trap 'rm -r "$folder"' EXIT &&
+        git archive --format tar.gz --output "$folder/jflow.tar.gz" HEAD &&
+        "${tpu[@]}" scp "$folder/jflow.tar.gz" "$TPU:jflow.tar.gz" "${every[@]}" &&
+        # The hosts' own Python may be older than what jflow needs; uv brings another.
+        on_all "mkdir -p jflow && tar -xzf jflow.tar.gz -C jflow && cd jflow &&
+            python3 -m pip install --quiet --user uv && export PATH=\$HOME/.local/bin:\$PATH &&
+            uv venv --quiet --allow-existing --python '>=3.11' .venv &&
+            uv pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]' && {
+                ${MOUNT:-true}
+            }"
+)
 
 train() {
     # It goes on without this connection; `stop` needs the loop's number, `keep` how it ended.

@@ -9,6 +9,8 @@
 # within QUICK (900) seconds: a mistake, then, and no lost machine. Waits PAUSE (10) seconds before
 # each new try. SIGTERM and SIGINT reach the command as SIGTERM, and end the repetition.
 set -u
+# shellcheck source=scripts/wait_for.sh
+. "$(dirname "$0")/wait_for.sh"
 stopped=75
 tries=${TRIES:-5} quick=${QUICK:-900} pause=${PAUSE:-10}
 child='' told='' failures=0
@@ -18,17 +20,6 @@ tell() {
     [ -z "$child" ] || kill -TERM "$child" 2>/dev/null
 }
 trap tell TERM INT
-
-# Waits for a process although signals end a wait; its exit status.
-wait_for() {
-    local status=0
-    wait "$1" || status=$?
-    while kill -0 "$1" 2>/dev/null; do
-        status=0
-        wait "$1" || status=$?
-    done
-    return $status
-}
 
 while true; do
     began=$SECONDS status=0

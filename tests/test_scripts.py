@@ -1,7 +1,8 @@
-"""The scripts, with commands that fail as told and stand-ins for gcloud, srun and scontrol."""
+"""The scripts, with commands that fail as told and stand-ins for gcloud and SLURM's programs."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,7 +120,10 @@ def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
 
 
 def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_path):
-    """Training is taken away once, then ends well. A service that does not answer takes nothing."""
+    """Training is taken away once, then ends well. A service that does not answer takes nothing.
+
+    The second slice is not reached at first, and what the first one was sent is still there.
+    """
     put(
         tmp_path / "bin" / "gcloud",
         f"""cd {tmp_path}; echo "$4" >> calls
@@ -130,7 +134,7 @@ def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_pat
             cat state 2>/dev/null || {{ echo "NOT_FOUND: no slice" >&2; exit 1; }} ;;
         create) echo READY > state ;;
         delete) rm -r state jflow ;;
-        scp) cp "$5" jflow.tar.gz ;;
+        scp) [ $(grep -c scp calls) != 2 ] && cp "$5" jflow.tar.gz ;;
         ssh) while [ $# -gt 0 ]; do [ "$1" != --command ] || eval "$2"; shift; done ;;
         esac""",
     )
@@ -155,31 +159,76 @@ def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_pat
     calls = (tmp_path / "calls").read_text().split()
     # The first delete is of what is not there; both come before the slice is made.
     assert [call for call in calls if call in ("create", "delete")] == ["delete", "create"] * 2
+    assert calls.count("scp") == 3
+
+
+def test_tpu_install_mounts_once_as_documented_and_only_where_all_went_well(tmp_path):
+    put(
+        tmp_path / "bin" / "gcloud",
+        f"""cd {tmp_path}
+        case $4 in
+        scp) cp "$5" jflow.tar.gz ;;
+        ssh) eval "${{@: -1}}" ;;
+        esac""",
+    )
+    put(tmp_path / "bin" / "python3", "")
+    put(tmp_path / "bin" / "uv", f"[ ! -e {tmp_path}/broken ]")
+    put(tmp_path / "bin" / "mountpoint", f"[ -e {tmp_path}/mounts ]")
+    put(tmp_path / "bin" / "sudo", f'[ $1 != mount ] || echo "$@" >> {tmp_path}/mounts')
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    text = (REPO / "docs" / "launch.md").read_text()
+    mount = re.search(r'^export MOUNT=".*?"$', text, re.MULTILINE | re.DOTALL).group()
+
+    def install() -> int:
+        command = ["bash", "-c", f"{mount}\nscripts/tpu.sh install"]
+        environment = os.environ | {"TPU": "slice", "ZONE": "z", "PATH": path}
+        return subprocess.run(command, cwd=REPO, env=environment, timeout=60).returncode
+
+    (tmp_path / "broken").touch()
+    assert install() != 0 and not (tmp_path / "mounts").exists()
+    (tmp_path / "broken").unlink()
+    assert install() == 0 and install() == 0
+    (mounted,) = (tmp_path / "mounts").read_text().splitlines()
+    assert mounted == "mount -t nfs 10.0.0.2:/share /mnt/shared"
+
+
+# As the real one, it does not pass SIGTERM on: it kills its tasks.
+SRUN = """echo "$@" > srun
+while [[ $1 == --* ]]; do shift; done
+"$@" & echo $! > tasks
+trap 'kill -KILL $!; exit 137' TERM
+wait $!"""
 
 
 @pytest.mark.parametrize(
-    "sent, status, requeued",
+    "told, sent, status, requeued",
     [
-        (signal.SIGUSR1, train.STOPPED, True),
-        (signal.SIGUSR1, 0, False),  # That was the last step.
-        (signal.SIGTERM, train.STOPPED, False),
+        ("job", signal.SIGUSR1, train.STOPPED, True),
+        ("job", signal.SIGUSR1, 0, False),  # That was the last step.
+        ("job", signal.SIGTERM, train.STOPPED, False),
+        ("tasks", signal.SIGTERM, train.STOPPED, True),  # Preemption, with time to save.
+        ("tasks", signal.SIGTERM, 0, False),
     ],
 )
 def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(
-    tmp_path, sent, status, requeued
+    tmp_path, told, sent, status, requeued
 ):
-    put(tmp_path / "bin" / "srun", f"shift 2\n{TRAIN}")
+    put(tmp_path / "bin" / "srun", SRUN)
+    put(tmp_path / "bin" / "scancel", '[ "$*" = "--signal=TERM 17" ] && kill -TERM $(cat tasks)')
     put(tmp_path / "bin" / "scontrol", 'echo "$@" > requeue')
-    put(tmp_path / "scripts" / "until_done.sh", f'exec {UNTIL_DONE[0]} "$@"')
+    put(tmp_path / ".venv" / "bin" / "python", TRAIN)
+    (tmp_path / "scripts").symlink_to(REPO / "scripts")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    settings = {"PATH": path, "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8"}
     job = subprocess.Popen(
         ["bash", str(REPO / "scripts" / "slurm.sbatch"), "--config", "a b.py"],
         cwd=tmp_path,
-        env=os.environ | {"PATH": path, "SLURM_JOB_ID": "17", "STATUS": str(status)},
+        env=os.environ | settings | {"STATUS": str(status)},
     )
     noted = wait_for(tmp_path / "noted", "begun")
     assert noted.startswith("<train.py><--config><a b.py>")
-    job.send_signal(sent)
+    assert "--cpus-per-task=8" in (tmp_path / "srun").read_text().split()
+    os.kill(job.pid if told == "job" else int((tmp_path / "tasks").read_text()), sent)
     assert job.wait(timeout=60) == status
     assert "saved" in (tmp_path / "noted").read_text()
     assert (tmp_path / "requeue").exists() == requeued
@@ -210,6 +259,9 @@ def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
     assert log.read_text() == "wrong\n" and "| checks | failed |" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["scripts/tpu.sh", "scripts/slurm.sbatch", "benchmarks/gpu.sh"])
-def test_scripts_are_valid(name):
-    subprocess.run(["bash", "-n", name], cwd=REPO, check=True)
+SCRIPTS = [*sorted((REPO / "scripts").iterdir()), REPO / "benchmarks" / "gpu.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_scripts_are_valid(script):
+    subprocess.run(["bash", "-n", script], check=True)
