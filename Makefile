@@ -42,7 +42,7 @@ demo shapes: $(VENV)/.installed
 	rm -rf runs/$@ && mkdir -p runs/$@ && date +%s > runs/$@/began
 	$(BIN)/python -m jflow.data build shapes --out runs/$@/data --train $(SCENES) --seen 1 --unseen 1 \
 	    --rounds 1 --seed $(SEED) & \
-	$(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) && wait
+	$(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) && wait $$!
 	$(BIN)/python -m jflow.data cache --config configs/$@.py --out runs/$@/cache --batch 64
 	$(TWO_CORES) $(BIN)/python train.py --config configs/$@.py --run runs/$@/train seed=$(SEED)
 	$(BIN)/python -m jflow.evals --ckpt runs/$@/train --untrained runs/$@/init --out runs/$@ \
