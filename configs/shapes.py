@@ -21,7 +21,7 @@ FIELDS = (("caption", "captions"),)
 
 
 def get_config(
-    name: str = "shapes", steps: int = 20_000, alone: int = 8_000, reading: int = 5
+    name: str = "shapes", steps: int = 30_000, alone: int = 10_000, reading: int = 4
 ) -> TrainConfig:
     """alone: the step up to which it draws and does not read. reading: of eight rows behind it."""
     folder = f"runs/{name}"

@@ -64,14 +64,14 @@ class Processes:
             "PAUSE": str(pause),
             "PYTHONUNBUFFERED": "1",
         }
-        command = [sys.executable, *program, *arguments, folder, str(run)]
+        called = [sys.executable, *program, *arguments, folder, str(run)]
         self.run, self.logs, self.all = run, [], []
         for i in range(count):
             own = ["--coordinator", address, "--processes", str(count), "--process", str(i)]
             self.logs.append(run.with_name(f"{run.name}.{i}.log"))
             with self.logs[-1].open("w") as output:
                 process = subprocess.Popen(
-                    [*command, *own], cwd=REPO, env=environment, stdout=output, stderr=output
+                    [*called, *own], cwd=REPO, env=environment, stdout=output, stderr=output
                 )
             self.all.append(process)
 

@@ -20,8 +20,8 @@ class Log:
     """RUN/metrics.jsonl, one object a line; RUN/tensorboard; and a project of Weights & Biases.
     RUN/train.json has the config as it was resolved.
 
-    A run that is continued, or rewound, drops the lines that it will repeat. Weights & Biases cannot,
-    and shows both.
+    A run that is continued, or rewound, drops the lines that it will repeat; Weights & Biases
+    cannot, and shows both.
 
     Args: step: of the state that the run goes on from; project: "" for no Weights & Biases;
       config: of the run, as JSON.
