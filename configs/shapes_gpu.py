@@ -13,7 +13,7 @@ from jflow.training.optimizer import OptimizerConfig
 
 
 def get_config(steps: int = 10_000, workers: int = 14) -> TrainConfig:
-    config = shapes.get_config("shapes-gpu", steps, alone=steps * 2 // 5)
+    config = shapes.get_config("shapes-gpu", steps, alone=steps * 2 // 5, reading=5)
     data = replace(
         config.data,
         batch_rows=64,
