@@ -83,12 +83,23 @@ def test_pages_mark_what_is_wrong():
 
 def test_command_writes_scores_and_pages(tmp_path, monkeypatch, capsys):
     oracle = Oracle()
-    monkeypatch.setattr(cli.Pipeline, "from_checkpoint", lambda path: oracle)
+    asked = []
+    monkeypatch.setattr(cli.Pipeline, "from_checkpoint", lambda path: asked.append(path) or oracle)
     arguments = ["--ckpt", "x", "--out", str(tmp_path / "e"), "--untrained", "y"]
+    assert cli.main(arguments) == 2 and not asked  # before anything is scored
+    assert "There is no checkpoint folder y." in capsys.readouterr().err
+    monkeypatch.setattr(cli, "find_checkpoint", lambda path: path)
     assert cli.main([*arguments, "prompts=24", "pictures=6", "batch_size=7"]) == 0
     found = json.loads((tmp_path / "e" / "scores.json").read_text())
     assert found["generation"]["colors"] == 1 and found["answers"]["all"] == 1
-    assert {"generation_unseen", "chance", "answers_unseen", "untrained", "seconds"} <= set(found)
+    assert {
+        "generation_unseen",
+        "chance",
+        "chance_unseen",
+        "answers_unseen",
+        "untrained",
+        "seconds",
+    } <= set(found)
     assert (tmp_path / "e" / "drawn.png").exists() and (tmp_path / "e" / "answered.png").exists()
     assert "| generation | 100 |" in capsys.readouterr().out
     assert cli.main(["--ckpt", "x", "--out", str(tmp_path), "prompts=3"]) == 2

@@ -219,7 +219,7 @@ def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(
     put(tmp_path / ".venv" / "bin" / "python", TRAIN)
     (tmp_path / "scripts").symlink_to(REPO / "scripts")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    settings = {"PATH": path, "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8"}
+    settings = {"PATH": path, "SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "8", "PYTHON": ""}
     job = subprocess.Popen(
         ["bash", str(REPO / "scripts" / "slurm.sbatch"), "--config", "a b.py"],
         cwd=tmp_path,
