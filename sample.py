@@ -274,11 +274,12 @@ def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     first = distributed.is_first()
-    partial, written = out.with_name(out.name + ".tmp") if first else Path(os.devnull), 0
+    partial, written = out.with_name(out.name + ".tmp"), 0
     starts = range(0, len(asked), args.batch_size)
     try:
         # JSON may hold halves of surrogate pairs, and escapes of them are JSON again.
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        place = partial if first else os.devnull
+        with open(place, "w", encoding="utf-8", errors="backslashreplace") as file:
             for start in tqdm(starts, desc="answering", disable=not first):
                 batch = asked[start : start + args.batch_size]
                 questions = [

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jflow.inference.image import encode_prefix, velocity, with_unconditional
+from jflow.models.layers import RMSNorm
 from tests.goldens import ATOL, GOLDEN, golden, nhwc
 
 GEN = golden("golden_tiny_gen")
@@ -101,6 +102,12 @@ def test_trap_4_two_norms_follow_each_other(tiny):
             return jnp.ones_like(leaf) if path == name else leaf
 
         assert np.abs(static_velocity(tiny, edit(params, without)) - right).max() > 1e-2
+    # With both scales at one the second norm is idle: it is a norm, not a mere scale.
+    norm = RMSNorm(1e-6, tiny.model.precision)
+    x = 3 * np.random.default_rng(0).standard_normal((2, 8), np.float32)
+    ones = {"params": {"scale": np.ones(8, np.float32)}}
+    once = norm.apply(ones, x)
+    np.testing.assert_allclose(norm.apply(ones, once), once, rtol=0, atol=1e-5)
 
 
 def test_trap_8_film_is_scale_then_shift(tiny):
