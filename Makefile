@@ -26,14 +26,14 @@ lint: $(VENV)/.installed
 
 # A small JanusFlow learns from nothing to draw coloured shapes and to answer about them, and is
 # scored: runs/demo/scores.json, drawn.png, answered.png. Other seeds: make demo SEED=1. `make shapes`
-# is the same in 80 minutes.
+# is the same in an hour and a half.
 # A device for each of two cores, with a thread of its own, works on what fits its cache, and large
 # buffers lie in huge pages: together 1.4 times as fast as one device with two threads.
 SEED ?= 0
 TWO_CORES = JAX_NUM_CPU_DEVICES=2 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false \
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=8589934592
 # Ten minutes learn little from captions without colors, and nothing from questions of relation;
-# eighty learn both.
+# ninety learn both.
 demo: SCENES = 12000 --colored 75 --relations 25
 demo: BENCHMARK = prompts=240 pictures=60
 shapes: SCENES = 40000

@@ -6,8 +6,8 @@
     python train.py --config configs/shapes.py --run runs/shapes/train
     python -m jflow.evals --ckpt runs/shapes/train --untrained runs/shapes/init --out runs/shapes
 
-80 minutes on 2 cores; `make demo` is the same in 10. It learns to draw first, then to draw
-and to answer: the two hinder each other's beginnings. docs/shapes.md says what was tried.
+An hour and a half on 2 cores; `make demo` is the same in 10 minutes. It learns to draw first, then
+to draw and to answer: the two hinder each other's beginnings. docs/shapes.md says what was tried.
 """
 
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig, WindowConfig
