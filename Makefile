@@ -36,13 +36,14 @@ TWO_CORES = JAX_NUM_CPU_DEVICES=2 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false \
 # ninety learn both.
 demo: SCENES = 12000 --colored 75 --relations 25
 demo: BENCHMARK = prompts=240 pictures=60
-shapes: SCENES = 40000
+shapes: SCENES = 40000 --wide 1
+shapes: WORDS = wide=true
 demo shapes: export JAX_PLATFORMS = cpu
 demo shapes: $(VENV)/.installed
 	rm -rf runs/$@ && mkdir -p runs/$@ && date +%s > runs/$@/began
 	$(BIN)/python -m jflow.data build shapes --out runs/$@/data --train $(SCENES) --seen 1 --unseen 1 \
 	    --rounds 1 --seed $(SEED) & \
-	$(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) && wait $$!
+	$(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) $(WORDS) && wait $$!
 	$(BIN)/python -m jflow.data cache --config configs/$@.py --out runs/$@/cache --batch 64
 	$(TWO_CORES) $(BIN)/python train.py --config configs/$@.py --run runs/$@/train seed=$(SEED)
 	$(BIN)/python -m jflow.evals --ckpt runs/$@/train --untrained runs/$@/init --out runs/$@ \

@@ -27,7 +27,7 @@ def page(pipeline: Pipeline) -> gr.Blocks:
         try:
             options = ImageOptions(steps=int(steps), guidance_scale=guidance, seed=int(seed or 0))
             return list(np.concatenate(list(pipeline.generate([prompt], 4, options))))
-        except (ValueError, OverflowError) as error:  # The seed may be any integer.
+        except ValueError as error:
             raise gr.Error(str(error)) from error
 
     def ask(image: Image.Image | None, question: str) -> Iterator[str]:

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from jflow import distributed, images
+from jflow import checkpoints, distributed, images
 from jflow.compilation import CompileStats, enable_cache, out_of_memory
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
 from jflow.plan import sampling
 from jflow.prompts import Message, user_question
 from jflow.samplers import SOLVERS
 from jflow.sharding import MeshConfig, make_mesh
+from jflow.training import runs
 
 # The rows and columns of grid.png at most: nobody looks at a picture of thousands.
 GRID_PROMPTS, GRID_IMAGES = 64, 16
@@ -41,6 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--ckpt", required=True, help="checkpoint folder of jflow.convert or train.py")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16, float32 on a CPU")
+    add("--raw", action="store_true", help="of a run: parameters as they are, not their average")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=8)
     add(
@@ -108,8 +110,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --question or --questions, not both.")
     if args.strength is not None and not args.init_image:
         parser.error("--strength says how much of --init-image is kept: give one.")
-    if not 0 <= args.seed < 2**32:  # JAX would take the lower 32 bits alone.
-        parser.error(f"--seed must be from 0 to {2**32 - 1}, not {args.seed}.")
     if args.batch_size < 1:
         parser.error("--batch-size must be at least 1.")
     if args.strength is None:
@@ -172,10 +172,9 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
     )
 
 
-def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
+def draw(args: argparse.Namespace, options: ImageOptions, pipeline: Pipeline) -> int:
     """Writes one PNG an image, and a grid of the first prompts' rows; returns how many images."""
     texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
-    options = image_options(args)
     init_image = images.load_image(args.init_image) if args.init_image else None
     first = distributed.is_first()
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -203,10 +202,13 @@ def draw(args: argparse.Namespace, pipeline: Pipeline) -> int:
     return total
 
 
-def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
+def answer_options(args: argparse.Namespace) -> AnswerOptions:
+    return AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+
+
+def converse(args: argparse.Namespace, options: AnswerOptions, pipeline: Pipeline) -> int:
     """Asks the questions one after the other about the images; returns how many."""
     pictures = tuple(images.load_image(path) for path in args.image)
-    options = answer_options(args)
     messages: tuple[Message, ...] = ()
     for turn, text in enumerate(args.question):
         asked = user_question(text, len(pictures)) if turn == 0 else text
@@ -222,10 +224,6 @@ def converse(args: argparse.Namespace, pipeline: Pipeline) -> int:
         say(answer[len(shown) :])
         messages = messages[:-1] + (Message("Assistant", answer),)
     return len(args.question)
-
-
-def answer_options(args: argparse.Namespace) -> AnswerOptions:
-    return AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
 @dataclass(frozen=True)
@@ -264,12 +262,11 @@ def read_questions(path: str, pipeline: Pipeline) -> Iterator[Asked]:
         yield Asked(record, messages, files)
 
 
-def answer_file(args: argparse.Namespace, pipeline: Pipeline) -> int:
+def answer_file(args: argparse.Namespace, options: AnswerOptions, pipeline: Pipeline) -> int:
     """Answers every line of --questions into a JSONL file; returns how many.
 
     Where it fails, the answers up to there are in the file's .tmp.
     """
-    options = answer_options(args)
     asked = list(read_questions(args.questions, pipeline))
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -307,12 +304,14 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
         jax.config.update("jax_default_matmul_precision", "highest")
     began = time.perf_counter()
     work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
+    options = image_options(args) if work is draw else answer_options(args)
     mesh = mesh_of(args.mesh)
     # A GPU would copy each layer's weights out of the stack, in every step.
     scan = work is draw and jax.default_backend() != "gpu"
-    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=scan, mesh=mesh)
+    load = runs.load_raw if args.raw else checkpoints.load_checkpoint
+    pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=scan, mesh=mesh, load=load)
     loaded, before = time.perf_counter(), replace(stats)
-    count = work(args, pipeline)
+    count = work(args, options, pipeline)
     compiling = stats.seconds - before.seconds
     running = time.perf_counter() - loaded - compiling
     say(

@@ -51,7 +51,8 @@ part() {
 
 part step 240 "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
 part sampling 190 "$python" benchmarks/sampling.py "${sampling[@]}" --json "$parts/sampling.json"
-export XLA_FLAGS="${XLA_FLAGS:-} $quick"
+# Nor all of the memory.
+export XLA_FLAGS="${XLA_FLAGS:-} $quick" XLA_PYTHON_CLIENT_PREALLOCATE=false
 part checks 150 "$python" -m pytest -q tests/test_attention.py tests/test_goldens.py \
     -k "gpu or logits or velocity or guided"
 cat "$results/${name}_tables.md"

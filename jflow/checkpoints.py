@@ -108,7 +108,7 @@ def items(params: dict, config: dict, files: dict[str, str], state: Any) -> ocp.
         "files": ocp.args.JsonSave(files),
     }
     if state is not None:
-        found["state"] = arrays(_numbered(state))
+        found["state"] = arrays(_named(state))
     return ocp.args.Composite(**found)
 
 
@@ -173,23 +173,54 @@ def load_state(path: str | Path, like: Any) -> Any:
 
     Raises ValueError in one sentence if there is none, or one of another structure.
     """
-    folder = find_checkpoint(path)
-    if not (folder / "state").is_dir():
-        raise ValueError(f"{path} holds no training state: begin a new run from it instead.")
-    expected = _numbered(like)
-    with _checkpointer() as checkpointer:
-        with _reported_as_damage(folder):
-            found = checkpointer.metadata(folder).item_metadata.state.tree
-        shapes = {name: tuple(leaf.shape) for name, leaf in found.items()}
-        if shapes != {name: tuple(leaf.shape) for name, leaf in expected.items()}:
-            raise ValueError(f"The training state in {path} is that of another model or optimizer.")
-        restore_args = {
-            name: ocp.ArrayRestoreArgs(sharding=place_of(leaf)) for name, leaf in expected.items()
-        }
-        item = ocp.args.PyTreeRestore(found, restore_args=restore_args)
-        with _reported_as_damage(folder):
-            restored = checkpointer.restore(folder, ocp.args.Composite(state=item)).state
+    folder, expected = find_checkpoint(path), _named(like)
+    found = _state_shapes(folder)
+    if {name: tuple(leaf.shape) for name, leaf in expected.items()} != found:
+        raise ValueError(f"The training state in {path} is that of another model or optimizer.")
+    restored = _load_named(folder, {name: place_of(leaf) for name, leaf in expected.items()})
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
+
+
+def load_entry(
+    path: str | Path, entry: str, sharding: Callable[[dict], dict] | None = None
+) -> dict[str, jax.Array]:
+    """Reads of the `state` one entry that is a flat dict {"a/b": array}.
+
+    Args: sharding: makes a dict of them of one of shapes; None for the default device.
+
+    Raises ValueError in one sentence if there is no training state.
+    """
+    folder, prefix = find_checkpoint(path), f"{entry}."
+    shapes = {
+        name.removeprefix(prefix): jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in _state_shapes(folder).items()
+        if name.startswith(prefix)
+    }
+    places = sharding(shapes) if sharding else {name: place_of(None) for name in shapes}
+    restored = _load_named(folder, {prefix + name: place for name, place in places.items()})
+    return {name: restored[prefix + name] for name in shapes}
+
+
+def _state_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of all leaves of the state; raises ValueError where there is none."""
+    if not (folder / "state").is_dir():
+        raise ValueError(f"{folder} holds no training state: it was converted, or begins a run.")
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        tree = checkpointer.metadata(folder).item_metadata.state.tree
+    return {name: tuple(leaf.shape) for name, leaf in tree.items()}
+
+
+def _load_named(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """The leaves of the state with these names, where they are to lie."""
+    names = _state_shapes(folder)
+    item = ocp.args.PyTreeRestore(
+        {name: 0 if name in places else ocp.PLACEHOLDER for name in names},
+        restore_args={
+            name: ocp.ArrayRestoreArgs(sharding=places.get(name, place_of(None))) for name in names
+        },
+    )
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        return checkpointer.restore(folder, ocp.args.Composite(state=item)).state
 
 
 def place_of(leaf: Any) -> jax.sharding.Sharding:
@@ -199,9 +230,10 @@ def place_of(leaf: Any) -> jax.sharding.Sharding:
     return place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _numbered(tree: Any) -> dict[str, Any]:
-    """The leaves of any tree by number: Orbax would not give back its tuples and classes."""
-    return {f"{i:06d}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of any tree by their paths: Orbax would not give back its tuples and classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves}
 
 
 def read_metadata(path: str | Path) -> tuple[dict, dict[str, str]]:

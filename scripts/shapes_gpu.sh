@@ -21,9 +21,9 @@ step() {
 rm -rf $run && mkdir -p $run
 # What is built needs no GPU, and what is random needs it for seconds.
 step -m jflow.data build shapes --out $run/data --train "${SCENES:-100000}" --seen 1 --unseen 1 \
-    --rounds 1 &
+    --rounds 1 --wide 1 &
 # shellcheck disable=SC2086  # Several fields.
-step -m jflow.scratch --out $run/init $model
+step -m jflow.scratch --out $run/init wide=true $model
 wait $!
 step -m jflow.data cache --config configs/shapes_gpu.py --out $run/cache --batch 512 "$@"
 step train.py --config configs/shapes_gpu.py --run $run/train "$@"

@@ -1,6 +1,7 @@
 """train.py with a model that costs nothing, for tests of what is around it.
 
-python -m tests.processes ARGUMENTS OF train.py. A step takes at least $PAUSE seconds.
+python -m tests.processes ARGUMENTS OF train.py. A step takes at least $PAUSE seconds; of batches
+with a sample of $BAD, "4,5", the loss is no number.
 """
 
 import os
@@ -19,6 +20,8 @@ def quadratic(params, batch, whole, step, *, seed, modules, config):
     ids = jnp.where(there, whole.images.sample_ids, 0)
     minimum = jnp.sum(ids) / jnp.sum(there) / 100
     loss = sum(jnp.mean(jnp.square(x - minimum)) for x in jax.tree.leaves(params["janusflow"]))
+    bad = jnp.array([int(i) for i in os.environ.get("BAD", "-1").split(",")])
+    loss = jnp.where(jnp.any(jnp.isin(whole.images.sample_ids, bad) & there), jnp.nan, loss)
     one = jnp.ones(())
     told = {"ids": jnp.sum(ids**2), "tokens": jnp.sum(whole.text.tokens)}
     return loss, {"rf": (loss, one)} | {k: (v.astype(jnp.float32), one) for k, v in told.items()}

@@ -1,5 +1,6 @@
 """Runs of several processes, real ones that meet on this machine, and what ends them."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,10 +38,13 @@ MORE = ["trainable=('janusflow/language_model/',)", "data.threads=2"]
 END_SECONDS = distributed.LOST_SECONDS + distributed.FAILED_SECONDS + 30
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port(among: Iterable[int] = (0,)) -> int:
+    """The first of these that nobody listens at; 0: any."""
+    for port in among:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return free.getsockname()[1]
+    raise OSError("All of them are taken.")
 
 
 class Processes:
@@ -147,6 +152,19 @@ def test_two_processes_do_what_one_does(begin, command, tmp_path, monkeypatch): 
     assert_same_course(both, one, stopped + 2)
 
 
+def test_two_processes_rewind_together(begin, command, tmp_path, monkeypatch):  # noqa: F811
+    """Batches 4 to 6 are bad, by pictures that one of the processes has: see tests/test_rewind."""
+    monkeypatch.setenv("BAD", "16,20,24")
+    more = ("steps=8", "rewind_after=3", "save_every=2")
+    first, second = begin("both", 2, *more).finish()
+    assert "steps 5 to 7 were skipped: back to step 4" in first and "back to" not in second
+    assert [line["data_offset"] for line in log(tmp_path / "both")] == [0] * 4 + [4] * 4
+
+    monkeypatch.setattr(train, "janusflow", quadratic)
+    alone(command, tmp_path / "one", *more)
+    assert_same_course(tmp_path / "both", tmp_path / "one", 8)
+
+
 @pytest.mark.parametrize("work", ["draw", "ask"])
 def test_sample_py_on_two_processes(tiny_ckpt, tmp_path, work):
     """They share the batch, the first one writes; what it writes is what one process does."""
@@ -207,6 +225,48 @@ def test_a_process_that_fails_alone_ends_all():
     assert both[1].returncode == 2 and said.endswith("Process 1 ends:\nValueError: Only here.\n")
     both[0].communicate(timeout=END_SECONDS)
     assert both[0].returncode != 0
+
+
+# What a launcher tells each of two processes; JAX makes the port of the job's number.
+PORTS = range(61440, 65536)
+CLUSTERS = {
+    "SLURM": lambda port, number: {
+        "SLURM_JOB_ID": str(port - PORTS[0]),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(number),
+        "SLURM_LOCALID": str(number),
+    },
+    "Open MPI": lambda port, number: {
+        "OMPI_MCA_orte_hnp_uri": f"{(port - PORTS[0]) * len(PORTS)}.0;tcp://127.0.0.1:1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_RANK": str(number),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(number),
+    },
+}
+FINDING = """
+import jax
+from jflow import distributed
+distributed.start(seconds=200)
+print("found", distributed.gather_texts(f"{jax.process_index()} of {jax.process_count()}"))
+"""
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_processes_of_a_cluster_find_each_other(cluster):
+    port = free_port(PORTS)
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", FINDING],
+            cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"} | CLUSTERS[cluster](port, number),
+        )
+        for number in (0, 1)
+    ]  # fmt: skip
+    for process in both:
+        said, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert "found ['0 of 2', '1 of 2']" in said
 
 
 def test_who_cannot_reach_the_others_says_so_in_time():

@@ -14,8 +14,10 @@ from jflow import checkpoints
 from jflow.config import load
 from jflow.convert.__main__ import main as convert
 from jflow.inference.pipeline import ImageOptions, Pipeline
+from jflow.training import runs
 from jflow.training.optimizer import PRETRAINING
 from tests.goldens import REPO
+from tests.test_train import contents
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 CONFIG = str(REPO / "configs" / "finetune.py")
@@ -113,13 +115,24 @@ def test_a_lora_run_continues_bit_for_bit(start, lora_run, tmp_path):
     for path in two:
         np.testing.assert_array_equal(one[path], two[path])
 
-    def state(folder):
-        with checkpoints._checkpointer() as checkpointer:
-            found = checkpointer.metadata(folder / "00000004").item_metadata.state.tree
-        like = [jax.ShapeDtypeStruct(found[n].shape, found[n].dtype) for n in sorted(found)]
-        return checkpoints.load_state(folder, like)
+    jax.tree.map(np.testing.assert_array_equal, contents(run, 4), contents(lora_run, 4))
 
-    jax.tree.map(np.testing.assert_array_equal, state(run), state(lora_run))
+
+def test_raw_factors_are_merged_like_their_average(lora_run):
+    """Kernels below the factors, plus 2 (alpha / rank) A B of the state; aligners as they are."""
+    params, config, _ = runs.load_raw(lora_run)
+    averaged, state = contents(lora_run, 4)
+    averaged, raw = flatten_dict(averaged, sep="/"), flatten_dict(params, sep="/")
+    assert raw.keys() == averaged.keys() and config["train"]["lora"]["rank"] == 16
+    up = "janusflow/language_model/layers/block/mlp/up_proj"
+    a, b = (state[f"params.{up}/lora_{n}"] for n in "ab")
+    want = state[f"lora.{up}/kernel"] + 2 * np.float64(a) @ b
+    np.testing.assert_allclose(raw[f"{up}/kernel"], want, atol=1e-6)
+    assert np.abs(raw[f"{up}/kernel"] - averaged[f"{up}/kernel"]).max() > 1e-5
+    bias = "janusflow/vision_gen_enc_aligner/bias"
+    np.testing.assert_array_equal(raw[bias], state[f"params.{bias}"])
+    still = "vae/encoder/conv_in/kernel"
+    np.testing.assert_array_equal(raw[still], averaged[still])
 
 
 def test_full_fine_tuning_moves_all_but_siglip_and_the_vae(start, tiny_ckpt, tmp_path):

@@ -92,8 +92,8 @@ def test_a_bad_stretch_is_passed_by(command, bad, tmp_path, capsys):
         want.ema["janusflow/language_model/norm/scale"],
         rtol=1e-6,
     )
-    # data_offset, and skipped, skipped_in_row, step: by name.
-    assert [int(leaf) for leaf in (state[0], *state[-3:])] == [4, 0, 0, 8]
+    counters = {"data_offset": 4, "skipped": 0, "skipped_in_row": 0, "step": 8}
+    assert {name: int(state[name]) for name in counters} == counters
     assert runs.steps(run)[0] == 8
 
     # Interrupted in the middle of the bad stretch, and behind it, the same comes out.

@@ -152,6 +152,11 @@ def test_training_is_the_same_on_eight_devices():
     virtual.run("training", (2, 2, 2))
 
 
+@pytest.mark.slow
+def test_factors_learn_the_same_on_eight_devices():
+    virtual.run("LoRA", (2, 2, 2), (1, 8, 1), (1, 1, 8))
+
+
 def test_what_sample_py_draws_and_answers_is_the_same_on_eight_devices():
     virtual.run("sample.py", (2, 2, 2))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sample
@@ -87,14 +88,13 @@ def finish(command, run, *more) -> str:
 
 
 def contents(run, step):
-    """Every array of a checkpoint: averaged and frozen parameters, and all of the state."""
+    """Every array of a checkpoint: averaged and frozen parameters, and the state by names."""
     folder = run / f"{step:08d}"
     params, _, _ = checkpoints.load_checkpoint(folder)
     with checkpoints._checkpointer() as checkpointer:
         tree = checkpointer.metadata(folder).item_metadata.state.tree
-    state = checkpoints.load_state(
-        folder, [jax.ShapeDtypeStruct(tree[name].shape, tree[name].dtype) for name in sorted(tree)]
-    )
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.items()}
+    state = checkpoints.load_state(folder, like)
     return jax.tree.map(np.asarray, (params, state))
 
 
@@ -241,6 +241,16 @@ def test_what_a_person_sees_on_the_way(command, tmp_path, monkeypatch, capsys):
     shown.Reload()
     assert [image.step for image in shown.Images("samples/images")] == [0, 3, 6]
     assert "6/6" in capsys.readouterr().err
+    # sample.py draws both halves of the last picture: raw parameters above their average.
+    with Image.open(run / "samples" / "00000006.png") as picture:
+        raw, averaged = np.asarray(picture)[:64], np.asarray(picture)[-64:]
+    assert not np.array_equal(raw, averaged)
+    draw = ["--ckpt", str(run), "--prompt", "a cat", "--num", "1", "--steps", "1"]
+    for more, want in (["--raw"], raw), ([], averaged):
+        out = tmp_path / "".join(["out", *more])
+        assert sample.main([*draw, *more, "--out", str(out)]) == 0
+        with Image.open(out / "0000_000.png") as picture:
+            np.testing.assert_array_equal(np.asarray(picture), want)
 
 
 def test_a_task_may_join_between_two_lines_of_the_log(command, tmp_path, monkeypatch):

@@ -29,8 +29,9 @@ from jflow.inference.pipeline import Pipeline
 from jflow.models.janusflow import JanusFlow
 from jflow.models.layers import by_rows
 from jflow.models.llama import unstack_layers
-from jflow.training import objectives, optimizer
+from jflow.training import lora, objectives, optimizer
 from jflow.training import state as states
+from jflow.training.lora import FACTORS, LoraConfig
 from jflow.training.objectives import Modules, ObjectiveConfig
 from jflow.training.optimizer import OptimizerConfig
 from jflow.training.state import EMAConfig, TrainState
@@ -128,16 +129,27 @@ def restored(tree: dict, mesh: jax.sharding.Mesh) -> dict:
     return found
 
 
-def train(mesh: jax.sharding.Mesh | None) -> tuple[list[dict], TrainState]:
-    """Two steps: what each reports, and the state behind the first."""
+def train(
+    mesh: jax.sharding.Mesh | None, factors: LoraConfig | None = None
+) -> tuple[list[dict], TrainState]:
+    """Two steps: what each reports, and the state behind the first. factors: train them alone."""
     objective = partial(
         objectives.janusflow,
         seed=5,
-        modules=networks(remat="full"),
+        modules=replace(networks(remat="full"), lora=factors),
         config=ObjectiveConfig(repa_layer=1, ar_chunk=8),
     )
     step = partial(train_step, objective=objective, optimizer=OPTIMIZER, ema=EMAConfig(0.9, 1))
-    begin = partial(states.init, trainable=optimizer.SFT, optimizer=optimizer.adamw(OPTIMIZER))
+    trainable = optimizer.SFT if factors is None else (FACTORS,)
+
+    def begin(tree):
+        tree = lora.init(tree, factors, trainable, seed=5)
+        if factors is not None:  # At first the second ones are zero, and so the first's gradients.
+            tree = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: leaf + 0.1 if path[-1].key == "lora_b" else leaf, tree
+            )
+        return states.init(tree, trainable, optimizer.adamw(OPTIMIZER))
+
     given, rows = parameters(), batch()
     if mesh is None:
         state = begin(given)
@@ -163,14 +175,14 @@ def train(mesh: jax.sharding.Mesh | None) -> tuple[list[dict], TrainState]:
     return jax.device_get([first, second]), after
 
 
-def training(meshes: list[tuple[int, int, int]]) -> None:
+def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = None) -> None:
     """Losses, gradients (AdamW's first moment is a tenth of them) and averages, within 1e-5."""
-    (first, second), alone = train(None)
+    (first, second), alone = train(None, factors)
     assert first["gradient_norm"][0] > 1 and first["ar"][1] > 10 and first["rf"][1] == 12
     for sizes in meshes:
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh):
-            (got_first, got_second), state = train(mesh)
+            (got_first, got_second), state = train(mesh, factors)
         for got, want in ((got_first, first), (got_second, second)):
             for name, (total, _) in want.items():
                 np.testing.assert_allclose(got[name][0], total, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -184,6 +196,11 @@ def training(meshes: list[tuple[int, int, int]]) -> None:
         for path, leaf in alone.ema.items():
             np.testing.assert_allclose(state.ema[path], leaf, atol=3e-4, err_msg=path)
         print(f"equal on {sizes}: gradients within {largest:.1e}", flush=True)
+
+
+def training_factors(meshes: list[tuple[int, int, int]]) -> None:
+    """`training` of LoRA's factors alone."""
+    training(meshes, LoraConfig(rank=3))
 
 
 def sample(
@@ -293,5 +310,10 @@ def sample_command(meshes: list[tuple[int, int, int]]) -> None:
 
 if __name__ == "__main__":
     jax.config.update("jax_default_matmul_precision", "highest")
-    checks = {"training": training, "sampling": sampling, "sample.py": sample_command}
+    checks = {
+        "training": training,
+        "LoRA": training_factors,
+        "sampling": sampling,
+        "sample.py": sample_command,
+    }
     checks[sys.argv[1]]([tuple(map(int, sizes.split(","))) for sizes in sys.argv[2:]])

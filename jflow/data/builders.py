@@ -25,7 +25,7 @@ from PIL import Image
 
 from jflow.checkpoints import new_folder
 from jflow.data import shapes
-from jflow.data.scenes import SPLITS, render
+from jflow.data.scenes import SPLITS, WIDE, render
 from jflow.data.workers import in_processes
 
 _CAPTIONS, _CONVERSATION = 2, 3  # purposes of `shapes.generator`; 0 and 1 are its own
@@ -39,7 +39,7 @@ class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
     captions: of each picture. colored: percent of the longer captions that name colors. rounds: of
     questions about it, of two to six new ones each. relations: percent of the questions of relation
-    that are put, see `shapes.conversation`."""
+    that are put, see `shapes.conversation`. wide: 1 to train on more colors, see `scenes.pairs`."""
 
     size: int = 32
     train: int = 20_000
@@ -49,9 +49,12 @@ class ShapesOptions:
     colored: int = int(100 * shapes.COLORED_SHARE)
     rounds: int = 2
     relations: int = int(100 * shapes.RELATIONS_SHARE)
+    wide: int = 0
     seed: int = 0
 
     def __post_init__(self):
+        if self.wide not in (0, 1):
+            raise ValueError(f"wide is 0 or 1, not {self.wide}.")
         for name in ("colored", "relations"):
             if not 0 <= (percent := getattr(self, name)) <= 100:
                 raise ValueError(f"{name} is in percent, from 0 to 100, not {percent}.")
@@ -100,14 +103,14 @@ class Shapes(_Embedded):
 
 
 def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
-    colored = options.colored / 100
-    made = shapes.example(options.seed, split, index, colored)
+    colored, of = options.colored / 100, WIDE if options.wide and split == "train" else split
+    made = shapes.example(options.seed, split, index, colored, of)
     rng = shapes.generator(options.seed, split, index, _CAPTIONS)
     more = (
         shapes.caption_of(made.scene, made.record, rng, colored) for _ in range(1, options.captions)
     )
     rng = shapes.generator(options.seed, split, index, _CONVERSATION)
-    asked = shapes.conversation(made.scene, split, options.rounds, rng, options.relations / 100)
+    asked = shapes.conversation(made.scene, of, options.rounds, rng, options.relations / 100)
     return _example(
         np.round((render(made.scene, options.size) + 1) * 127.5).astype(np.uint8),
         [made.caption, *more],

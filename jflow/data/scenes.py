@@ -22,6 +22,17 @@ COLORS = {
     "white": (1.0, 1.0, 1.0),
     "black": (0.0, 0.0, 0.0),
 }
+# Colors that are never asked for, to learn more pairs from: see `pairs`.
+MORE_COLORS = {
+    "pink": (1.0, 0.6, 0.75),
+    "brown": (0.45, 0.27, 0.1),
+    "cyan": (0.1, 0.85, 0.9),
+    "lime": (0.65, 0.95, 0.2),
+    "navy": (0.05, 0.08, 0.4),
+    "teal": (0.0, 0.45, 0.45),
+    "maroon": (0.45, 0.03, 0.1),
+    "violet": (0.75, 0.55, 1.0),
+}
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -33,6 +44,7 @@ HELD_OUT = {
     "cross": ("purple", "orange"),
 }
 SPLITS = ("train", "seen", "unseen")
+WIDE = "wide"
 
 RADIUS = (3.4, 4.6)  # of the circle of the same area
 GAP = 1.5  # between two objects
@@ -93,9 +105,12 @@ class Scene:
 
 def pairs(split: str) -> tuple[Pair, ...]:
     """The (shape, color) pairs of a split: "train" and "seen" (other draws of the same pairs), or
-    "unseen" (the held-out pairs alone).  Raises ValueError for another name."""
-    if split not in SPLITS:
+    "unseen" (the held-out pairs alone); of WIDE those of "train" twice, and each of MORE_COLORS in
+    all shapes, which two fifths of the objects have then.  Raises ValueError for another name."""
+    if split not in (*SPLITS, WIDE):
         raise ValueError(f"The splits of shapes are {', '.join(SPLITS)}, not {split!r}.")
+    if split == WIDE:
+        return 2 * pairs("train") + tuple((s, c) for s in SHAPES for c in MORE_COLORS)
     held = split == "unseen"
     return tuple((s, c) for s in SHAPES for c in COLORS if (c in HELD_OUT[s]) == held)
 
@@ -131,12 +146,13 @@ def pixel_grid(size: int) -> np.ndarray:
 def render(scene: Scene, size: int = SIDE) -> np.ndarray:
     """The anti-aliased picture.  [size, size, 3] float32 in [-1, 1]."""
     image, grid, scale = np.full((size, size, 3), BACKGROUND), pixel_grid(size), size / SIDE
+    colors = COLORS | MORE_COLORS
     for o in scene.objects:
         # A pixel whose centre is further than half a pixel from the object stays as it is.
         left, top, right, bottom = (int(v * scale) for v in o.box)
         part = np.s_[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2]
         alpha = coverage(o.shape, o.x * scale, o.y * scale, o.radius * scale, grid[part])
-        image[part] += alpha[..., None] * (np.array(COLORS[o.color]) - image[part])
+        image[part] += alpha[..., None] * (np.array(colors[o.color]) - image[part])
     return (2 * image - 1).astype(np.float32)
 
 

@@ -126,17 +126,22 @@ def prompt(seed: int, split: str, index: int) -> dict:
     return make_record(CATEGORIES[index % len(CATEGORIES)], split, rng)
 
 
-def example(seed: int, split: str, index: int, colored: float = COLORED_SHARE) -> Example:
-    """The index-th example of a split: draw its picture with `render`.  colored: see `describe`."""
-    rng = generator(seed, split, index, 1)
+def example(
+    seed: int, split: str, index: int, colored: float = COLORED_SHARE, of: str | None = None
+) -> Example:
+    """The index-th example of a split: draw its picture with `render`.
+
+    colored: see `describe`. of: whose `pairs` it is made of; None for the split's own.
+    """
+    rng, of = generator(seed, split, index, 1), of or split
     if rng.random() < FREE_SHARE:
-        allowed, record = pairs(split), None
+        allowed, record = pairs(of), None
         wanted = [allowed[i] for i in rng.integers(len(allowed), size=rng.integers(1, 5))]
         scene = place(wanted, rng, lambda objects: True)
     else:
-        record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], split, rng)
-        scene = scene_for(record, split, rng)
-    return Example(scene, record, caption_of(scene, record, rng, colored), ask(scene, split, rng))
+        record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], of, rng)
+        scene = scene_for(record, of, rng)
+    return Example(scene, record, caption_of(scene, record, rng, colored), ask(scene, of, rng))
 
 
 def caption_of(

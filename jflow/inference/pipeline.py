@@ -1,7 +1,7 @@
 """A checkpoint, ready to draw and to answer."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +38,10 @@ class ImageOptions:
     """How to sample images.
 
     steps: solver steps. guidance_scale: w; 1 leaves the unconditional half out. seed: the noise of
-    image i of any prompt is drawn from (seed, i). solver: a name in samplers.SOLVERS. shift,
-    official_rounding: see flow.time_grid. guidance_interval: t in [low, high] with guidance, None
-    for always. strength: in (0, 1], how much of the way from an initial image to noise to go back.
+    image i of any prompt is drawn from (seed, i); 0 to 2^32 - 1. solver: a name in
+    samplers.SOLVERS. shift, official_rounding: see flow.time_grid. guidance_interval: t in
+    [low, high] with guidance, None for always. strength: in (0, 1], how much of the way from an
+    initial image to noise to go back.
     """
 
     steps: int = 30
@@ -54,6 +55,7 @@ class ImageOptions:
 
     def __post_init__(self):
         _require_finite(self, "guidance_scale", "shift")
+        _require_seed(self.seed)
         if self.solver not in SOLVERS:
             raise ValueError(f"Unknown solver {self.solver!r}: choose from {', '.join(SOLVERS)}.")
         if not 0 < self.strength <= 1:
@@ -84,6 +86,7 @@ class AnswerOptions:
 
     def __post_init__(self):
         _require_finite(self, "temperature")
+        _require_seed(self.seed)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0:
@@ -96,6 +99,11 @@ def _require_finite(options: ImageOptions | AnswerOptions, *names: str) -> None:
     for name in names:
         if not math.isfinite(value := getattr(options, name)):
             raise ValueError(f"{name} must be a number, not {value}.")
+
+
+def _require_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:  # JAX would take the lower 32 bits alone.
+        raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {seed}.")
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ class Pipeline:
         dtype: jnp.dtype = jnp.float32,
         scan_layers: bool = True,
         mesh: Mesh | None = None,
+        load: Callable[..., tuple[dict, dict, dict[str, str]]] = checkpoints.load_checkpoint,
     ) -> "Pipeline":
         """Loads a checkpoint folder that jflow.convert or train.py wrote.
 
@@ -151,12 +160,14 @@ class Pipeline:
           dtype: of parameters and matrix products; norms, softmax and the ODE stay float32.
           scan_layers: True compiles faster, False decodes answers faster (see Llama).
           mesh: each device reads its part of the parameters alone.
+          load: reads the folder; training.runs.load_raw takes what is trained as it is, not its
+            average.
 
         Raises FileNotFoundError or ValueError in one sentence for what is no such checkpoint, and
         for a model that does not divide over the mesh.
         """
         places = None if mesh is None else partial(shardings, mesh=mesh)
-        params, config, files = checkpoints.load_checkpoint(path, dtype=dtype, sharding=places)
+        params, config, files = load(path, dtype=dtype, sharding=places)
         precision = Precision(param=dtype, compute=dtype)
         model_config = JanusFlowConfig.from_hf(config["janusflow"], config.get("siglip"))
         if mesh is not None:

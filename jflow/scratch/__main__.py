@@ -19,6 +19,7 @@ import jax
 
 from jflow import checkpoints
 from jflow.config import override, to_dict
+from jflow.data.scenes import MORE_COLORS
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
@@ -32,7 +33,8 @@ from jflow.scratch.tokenizer import tokenizer_files
 @dataclass(frozen=True)
 class ScratchConfig:
     """Dimensions of what is random. channels: of the generation encoder and decoder, in which
-    encoder_blocks and decoder_blocks count ConvNeXt blocks."""
+    encoder_blocks and decoder_blocks count ConvNeXt blocks. wide: with words for the colors of
+    `jflow.data build shapes --wide 1`."""
 
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -41,6 +43,7 @@ class ScratchConfig:
     channels: int = 96
     encoder_blocks: int = 1
     decoder_blocks: int = 3
+    wide: bool = False
     seed: int = 0
 
 
@@ -80,7 +83,7 @@ def create(scratch: ScratchConfig, out: Path) -> None:
     sizes, siglip_params = read(ASSETS / "siglip_shapes")
     vae, vae_params = read(ASSETS / "vae_shapes")
     siglip = SiglipConfig(**sizes)
-    files = tokenizer_files(siglip.num_tokens)
+    files = tokenizer_files(siglip.num_tokens, tuple(MORE_COLORS) if scratch.wide else ())
     vocab_size = Tokenizer.from_files(files).vocab_size
     model = model_config(scratch, siglip, VAEConfig.from_hf(vae), vocab_size)
     params = jax.jit(lambda key: init_params(JanusFlow(model), key))(jax.random.key(scratch.seed))

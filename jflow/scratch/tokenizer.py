@@ -1,6 +1,7 @@
 """A tokenizer whose tokens are the words of the embedded datasets."""
 
 import json
+from collections.abc import Sequence
 
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
@@ -29,14 +30,15 @@ _TAGS = {
 }
 
 
-def tokenizer_files(num_image_tokens: int) -> dict[str, str]:
+def tokenizer_files(num_image_tokens: int, more: Sequence[str] = ()) -> dict[str, str]:
     """The files that `prompts.Tokenizer.from_files` reads.
 
-    What the chat template repeats is one token each: the system prompt and the names of the roles.
+    more: further words. What the chat template repeats is one token each: the system prompt and
+    the names of the roles.
     """
     phrases = (DEFAULT_SYSTEM_PROMPT, "User:", "Assistant:")
     special = [*_SPECIAL.values(), *_TAGS.values()]
-    vocabulary = {word: i for i, word in enumerate([*special, *phrases, *_WORDS.split()])}
+    vocabulary = {word: i for i, word in enumerate([*special, *phrases, *_WORDS.split(), *more])}
     words = models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"])
     tokenizer = tokenizers.Tokenizer(words)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -9,10 +9,12 @@ import copy
 import json
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -21,6 +23,7 @@ from jflow.checkpoint_writer import Writer, remove_unfinished
 from jflow.config import to_dict
 from jflow.training import lora
 from jflow.training.config import TrainConfig
+from jflow.training.lora import LoraConfig
 from jflow.training.optimizer import merge
 from jflow.training.state import TrainState, is_finite
 
@@ -48,6 +51,28 @@ FREE_FIELDS = (
 )
 # What averages and frozen parameters are is in the checkpoint's `params`, the rest in its `state`.
 _REST = ("step", "skipped", "skipped_in_row", "data_offset", "params", "opt_state", "guard")
+
+
+def load_raw(
+    path: str | Path,
+    dtype: jnp.dtype | None = None,
+    sharding: Callable[[dict], dict] | None = None,
+) -> tuple[dict, dict, dict[str, str]]:
+    """`checkpoints.load_checkpoint` with the parameters that were trained as the last step left
+    them, instead of their average.
+
+    Raises ValueError in one sentence for a checkpoint without a training state.
+    """
+    trained, kernels = (
+        checkpoints.load_entry(path, entry, sharding) for entry in ("params", "lora")
+    )
+    params, config, files = checkpoints.load_checkpoint(path, dtype, sharding)
+    factors = config["train"]["lora"]
+    merged = lora.merge(
+        merge(flatten_dict(params, sep="/") | kernels, trained),
+        LoraConfig(**factors) if factors else None,
+    )
+    return jax.tree.map(lambda leaf: leaf.astype(dtype or leaf.dtype), merged), config, files
 
 
 def steps(run: Path) -> list[int]:
