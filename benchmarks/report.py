@@ -1,7 +1,8 @@
 """Where figures were taken, how they are kept, and the tables of README made from them.
 
-python benchmarks/report.py FILE.json                  # prints its tables as Markdown
-python benchmarks/report.py FOLDER --out FILE.json     # first joins the JSON files of a folder
+python benchmarks/report.py FILE.json                     # prints its tables as Markdown
+python benchmarks/report.py FOLDER --out FILE.json        # first joins the JSON files of a folder
+python benchmarks/report.py FILE.json --readme README.md  # puts them where BEGIN and END are there
 """
 
 import argparse
@@ -14,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 ORIGIN = ("date", "hardware", "versions")
+BEGIN, END = "<!-- benchmarks/report.py -->", "<!-- end -->"
 
 
 def hardware(device: str) -> str:
@@ -83,17 +85,26 @@ def step_table(step: dict) -> str:
     return "\n".join(lines)
 
 
+def _three(value: float) -> str:
+    """With three digits, or as many as an integer has."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def sampling_table(sampling: dict) -> str:
     """What benchmarks/sampling.py wrote -> a Markdown table, PyTorch beside ours."""
-    lines = ["| | ms | times ours | of the matmul peak |", "|---|---|---|---|"]
-    for title, rows in sampling["tables"].items():
-        for row in rows:
+    lines = ["| sampling | ms | times ours | of the matmul peak |", "|---|---|---|---|"]
+    for title, (ours, *others) in sampling["tables"].items():
+        peak = f"{ours['peak_share']:.0%}"
+        if title.startswith("Token"):  # Reads all weights for one row of products.
+            peak = f"weights at {_three(sampling['decode_weights_gb_per_s'])} GB/s"
+        lines.append(f"| **{title}: jflow** | {_three(1000 * ours['seconds'])} | 1 | {peak} |")
+        for row in others:
+            peak = "" if title.startswith("Token") else f"{row['peak_share']:.0%}"
             lines.append(
-                f"| {title}: {row['name']} | {1000 * row['seconds']:.4g} | {row['ratio']:.2f} "
-                f"| {row['peak_share']:.0%} |"
+                f"| {row['name']} | {_three(1000 * row['seconds'])} | {row['ratio']:.2f} | {peak} |"
             )
     for batch, latency in sampling["image_latency_s"].items():
-        lines.append(f"| One image at batch {batch}: ours | {1000 * latency['image']:.0f} | | |")
+        lines.append(f"| an image in a batch of {batch} | {1000 * latency['image']:.0f} | | |")
     return "\n".join(lines)
 
 
@@ -113,15 +124,32 @@ def tables(figures: dict) -> str:
     return "\n\n".join(found)
 
 
+def put_tables(readme: Path, file: Path) -> None:
+    """Replaces what stands between BEGIN and END in a Markdown file by the tables of FILE.json.
+
+    Raises SystemExit where it has no such place.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, found, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (found and end):
+        raise SystemExit(f"{readme} has no lines {BEGIN} and {END}.")
+    shown = tables(json.loads(file.read_text(encoding="utf-8")))
+    readme.write_text(f"{before}{BEGIN}\n{shown}\n{END}{after}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=Path, help="a JSON file, or with --out a folder of them")
     parser.add_argument("--out", type=Path, help="where to join the folder's files")
+    parser.add_argument("--readme", type=Path, help="a Markdown file that shows the tables")
     args = parser.parse_args()
     if args.out:
         write_json(args.out, collect(args.path))
+    if args.readme:
+        put_tables(args.readme, args.out or args.path)
     print(tables(json.loads((args.out or args.path).read_text(encoding="utf-8"))))
 
 

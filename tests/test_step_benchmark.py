@@ -72,3 +72,20 @@ def test_parts_are_joined_and_made_into_tables(tmp_path, monkeypatch, capsys):
     assert "| generation | 6 in 1 | full | 500 | 12.0 | 1 | 50% | 2.0 |" in shown
     assert "| generation | 6 in 1 | full | does not fit |" in shown
     assert "| goldens | out of time | 90 |" in shown
+
+
+def test_readme_shows_the_tables_of_the_gpu(tmp_path):
+    """Those of the latest results of benchmarks/gpu.sh, as it wrote them."""
+    import report
+
+    latest = max((REPO / "benchmarks" / "results").glob("*_gpu.json"))
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text.replace("|", "/"), encoding="utf-8")
+    report.put_tables(copy, latest)
+    shown = text.split(report.BEGIN)[1].split(report.END)[0]
+    assert shown in copy.read_text(encoding="utf-8") and shown.count("|") > 100
+    assert latest.name in text
+    copy.write_text("nothing", encoding="utf-8")
+    with pytest.raises(SystemExit, match="has no lines"):
+        report.put_tables(copy, latest)
