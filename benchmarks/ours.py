@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from full_size import write_shards
-from workload import GUIDANCE_SCALE, SIGLIP_SIZES, Workload
+from workload import GUIDANCE_SCALE, SIGLIP_SIZES, Workload, random_params
 
 from jflow import flow
 from jflow.convert.engine import find_tensors, plan, read_params
@@ -47,6 +47,8 @@ def jobs(workload: Workload) -> dict[str, Callable]:
         drawing, params = answering, unstacked
     grid = flow.time_grid(workload.steps)
     vae = AutoencoderKL(VAEConfig(), dtype=dtype, param_dtype=dtype)
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    decoder = jax.tree.map(lambda leaf: leaf.astype(dtype), random_params(shapes))
 
     def sample(batch):
         tokens, lengths = pad_rows(workload.prompts(batch), PROMPT_BUCKET)
@@ -77,9 +79,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
         return seconds, logits, np.concatenate(written, axis=1)
 
     def decode_vae(batch):
-        decoder = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
-        latents = jnp.asarray(workload.noise(batch))
-        jax.block_until_ready(decoder)
+        latents = jax.block_until_ready(jnp.asarray(workload.noise(batch)))
         began = time.perf_counter()
         pixels = [
             decode_latents(vae, decoder, latents[first : first + VAE_BATCH])

@@ -215,8 +215,8 @@ def image_latency(
     return {"image": image, "vae": vae / batch}
 
 
-def run(args: argparse.Namespace, workload: Workload) -> dict:
-    """Compares, times and prints; returns what --json writes."""
+def run(args: argparse.Namespace, workload: Workload, write: Callable[[dict], None]) -> None:
+    """Compares, times and prints; `write` is given the figures, each time there are more."""
     from ours import write_weights
 
     write_weights(workload)
@@ -244,14 +244,10 @@ def run(args: argparse.Namespace, workload: Workload) -> dict:
     token = list(tables.values())[-1][0].seconds
     bandwidth = weight_bytes(workload.config, args.dtype) / token / 1e9
     print(f"  ours: {1 / token:.1f} tokens/s, reading weights at {bandwidth:,.1f} GB/s")
-    latency = {}
-    for n, rows in zip(args.batch if args.vae else [], tables.values(), strict=False):
-        latency[n] = image_latency(ours, n, rows[0].seconds, args.steps, args.rounds)
-    ours.stop()
-    torch.stop()
     versions = ("jax", "jaxlib", "flax", "torch", "transformers")
     sizes = ("device", "dtype", "layers", "vocab_size", "batch", "steps", "rounds")
-    return origin(args.device, *versions) | {
+    latency = {}
+    figures = origin(args.device, *versions) | {
         "workload": {name: getattr(args, name) for name in sizes},
         "largest_relative_difference": errors,
         "matmul_gflops": {"jax": peaks[0] / 1e9, "torch": peaks[1] / 1e9},
@@ -259,6 +255,12 @@ def run(args: argparse.Namespace, workload: Workload) -> dict:
         "decode_weights_gb_per_s": bandwidth,
         "image_latency_s": latency,
     }
+    write(figures)
+    for n, rows in zip(args.batch if args.vae else [], tables.values(), strict=False):
+        latency[n] = image_latency(ours, n, rows[0].seconds, args.steps, args.rounds)
+        write(figures)
+    ours.stop()
+    torch.stop()
 
 
 def parse() -> argparse.Namespace:
@@ -298,9 +300,7 @@ def main() -> None:
             new_tokens=32,
             matmul_size=2048 if args.device == "cpu" else 8192,
         )
-        figures = run(args, workload)
-    if args.json:
-        write_json(args.json, figures)
+        run(args, workload, lambda figures: args.json and write_json(args.json, figures))
 
 
 if __name__ == "__main__":

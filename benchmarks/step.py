@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from report import origin, step_table, write_json
+from workload import random_params
 
 from jflow.batch import Batch, ImageRows, TextRows
 from jflow.compilation import out_of_memory
@@ -184,19 +185,6 @@ def make_batch(size: Size, task: str, rows: int) -> Batch:
         features=features,
     )
     return Batch(None, images)
-
-
-def random_params(shapes: dict) -> dict:
-    """Pieces of one row of random numbers: compiling the model's own initialisation would take
-    longer than all steps."""
-    numbers = 0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)
-
-    def draw(path, leaf):
-        if path[-1].key == "scale":
-            return jnp.ones(leaf.shape)
-        return jnp.asarray(np.resize(numbers, leaf.shape))
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def matmul_rate(side: int, dtype: str, clock: Clock, repeats: int = 3) -> float:

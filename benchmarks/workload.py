@@ -1,9 +1,12 @@
-"""What benchmarks/sampling.py measures: the sizes, the inputs and how many operations they take."""
+"""What benchmarks/sampling.py measures: the sizes, the inputs and how many operations they take;
+and random parameters."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 RELEASED = Path(__file__).resolve().parent.parent / "tests" / "golden" / "keys_janusflow_1p3b.json"
@@ -115,3 +118,16 @@ def weight_bytes(config: dict, dtype: str) -> float:
     d, ff = language["hidden_size"], language["intermediate_size"]
     count = language["num_hidden_layers"] * (4 * d**2 + 3 * d * ff) + d * language["vocab_size"]
     return count * (4 if dtype == "float32" else 2)
+
+
+def random_params(shapes: dict) -> dict:
+    """Pieces of one row of random numbers: compiling the model's own initialisation would take
+    longer than all steps."""
+    numbers = 0.02 * np.random.default_rng(0).standard_normal(2**22, np.float32)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape)
+        return jnp.asarray(np.resize(numbers, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
