@@ -69,7 +69,7 @@ def main() -> int:
     enable_cache()
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     try:
-        pipeline = Pipeline.from_checkpoint(args.ckpt, dtype)
+        pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=False)
         page(pipeline).launch(server_port=args.port)
     except (ValueError, OSError) as error:
         print(f"demo.py: {error}", file=sys.stderr)

@@ -106,6 +106,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --prompt/--prompts to draw, or --question/--questions to ask.")
     if args.image and not args.question:
         parser.error("--image is what a --question is about; a drawing begins from --init-image.")
+    if asking and (args.init_image or args.plan):
+        given = "--init-image" if args.init_image else "--plan"
+        parser.error(f"{given} is for drawing; a --question is about --image.")
     if args.question and args.questions:
         parser.error("give --question or --questions, not both.")
     if args.strength is not None and not args.init_image:
@@ -178,6 +181,7 @@ def draw(args: argparse.Namespace, options: ImageOptions, pipeline: Pipeline) ->
     init_image = images.load_image(args.init_image) if args.init_image else None
     first = distributed.is_first()
     settings = {name: str(value) for name, value in vars(options).items()}
+    settings |= {"dtype": pipeline.model.precision.compute.name, "raw": str(args.raw)}
     settings |= {"ckpt": args.ckpt, "software": "jflow"}
     if args.init_image:
         settings["init_image"] = args.init_image
@@ -303,6 +307,8 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
         # GPUs and TPUs would otherwise multiply float32 in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
     began = time.perf_counter()
+    # The step of a run that is read, and named in the pictures, is one and the same.
+    args.ckpt = str(checkpoints.find_checkpoint(args.ckpt))
     work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
     options = image_options(args) if work is draw else answer_options(args)
     mesh = mesh_of(args.mesh)

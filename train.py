@@ -71,11 +71,20 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
 
 
 def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.TrainState:
-    """The state before the first step; the REPA head is new unless the checkpoint has one."""
+    """The state before the first step; the REPA head is new unless the checkpoint has one.
+
+    Raises ValueError in one sentence for a head of another width than the config's.
+    """
     if "repa" not in params:
         width = modules.model.config.language.hidden_size
         key = jax.random.key(config.seed)
         params = params | {"repa": repa.init_params(modules.repa, width, key)}
+    there = params["repa"]["linear_1"]["kernel"].shape[-1]
+    if there != config.repa_hidden_size:
+        raise ValueError(
+            f"The REPA head in {config.init_from} has hidden size {there}: set repa_hidden_size to "
+            f"it, not {config.repa_hidden_size}."
+        )
     params = lora.init(params, config.lora, config.trainable, config.seed)
     return state.init(params, config.trainable, adamw(config.optimizer))
 

@@ -202,11 +202,17 @@ def load_entry(
 
 
 def _state_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of all leaves of the state; raises ValueError where there is none."""
+    """{name: shape} of all leaves of the state; raises ValueError where there is none that can be
+    read."""
     if not (folder / "state").is_dir():
         raise ValueError(f"{folder} holds no training state: it was converted, or begins a run.")
     with _checkpointer() as checkpointer, _reported_as_damage(folder):
         tree = checkpointer.metadata(folder).item_metadata.state.tree
+    if all(name.isdigit() for name in tree):
+        raise ValueError(
+            f"The training state in {folder} was written by an earlier version of jflow: begin a "
+            f"new run with it as init_from."
+        )
     return {name: tuple(leaf.shape) for name, leaf in tree.items()}
 
 

@@ -5,6 +5,12 @@ import zlib
 import jax
 
 
+def require_seed(seed: int, name: str = "seed") -> None:
+    """Raises ValueError in one sentence for a seed of which JAX would take the lower bits alone."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"{name} must be from 0 to {2**32 - 1}, not {seed}.")
+
+
 def fold(seed: int, purpose: str, *ids: int | jax.Array) -> jax.Array:
     """The key of one draw, from the run's seed, the draw's purpose and its ids (step, sample, ...).
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 
+import numpy as np
 import pytest
 
 import train
@@ -167,3 +168,26 @@ def test_a_checkpoint_of_another_config(command, cheap, capsys):
     assert train.main([*command, "seed=1", "data.seed=3"]) == 2
     said = capsys.readouterr().err
     assert "was trained with another data, seed: use another --run folder" in said
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ("data.drop_prompt=10", "drop_prompt is a share from 0 to 1, not 10"),
+        ("data.max_broken_share=5", "max_broken_share is a share from 0 to 1"),
+        ("data.seed=-1", "data.seed must be from 0 to 4294967295, not -1"),
+        ("seed=4294967296", "seed must be from 0 to 4294967295"),
+        ("optimizer.clip_norm=0", "clip_norm must be above 0, not 0"),
+        ("samples.every=2 samples.prompts=('a',) samples.steps=0", "steps must be at least 1"),
+    ],
+)
+def test_numbers_that_would_ruin_a_run(refused, fields, message):
+    assert message in refused(*fields.split())
+
+
+def test_a_repa_head_of_another_width(refused, command, tiny_ckpt, tmp_path):
+    params, config, files = checkpoints.load_checkpoint(tiny_ckpt)
+    head = {"linear_1": {"kernel": np.zeros((64, 24), np.float32)}}
+    checkpoints.save_checkpoint(tmp_path / "with", params | {"repa": head}, config, files)
+    said = refused(f"init_from={tmp_path / 'with'}")
+    assert "The REPA head in" in said and "has hidden size 24" in said

@@ -85,6 +85,31 @@ def test_only_the_unseen_split_names_held_out_pairs(shapes_folder):
     assert any(named.search(text) for text in texts("unseen"))
 
 
+def test_more_colors_are_only_trained_on(tmp_path):
+    """In pictures, captions and questions; the held-out splits are as they are without them."""
+    counts = ["--train=40", "--seen=5", "--unseen=5"]
+    for wide in "01":
+        assert main(["build", "shapes", f"--out={tmp_path / wide}", f"--wide={wide}", *counts]) == 0
+    texts = {
+        split: [
+            str((row["captions"], row["conversations"]))
+            for row in rows(tmp_path / "1", split).values()
+        ]
+        for split in COUNTS
+    }
+    named = {
+        split: [c for c in scenes.MORE_COLORS if any(c in text for text in found)]
+        for split, found in texts.items()
+    }
+    assert len(named.pop("train")) >= 6 and not any(named.values())
+    for split in named:
+        plain, wide = (rows(tmp_path / which, split) for which in "01")
+        for i in plain:
+            np.testing.assert_array_equal(plain[i]["image"], wide[i]["image"])
+    with pytest.raises(ValueError, match="wide is 0 or 1"):
+        builders.ShapesOptions(wide=2)
+
+
 def test_a_quarter_of_the_captions_are_short():
     """Those of the prompts' own wording, over scenes of all kinds; three standard deviations."""
     rng, made = np.random.default_rng(0), [shapes.example(0, "train", i) for i in range(1500)]

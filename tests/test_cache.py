@@ -229,3 +229,18 @@ def test_crops_that_no_resizing_changes_are_cached_as_they_are():
     want = center_crop_square(Image.fromarray(noise), 16)
     got = cached_crop({"images": [noise]}, 16, 0, 9)
     np.testing.assert_allclose((got[0] + 1) * 127.5, want, atol=1e-4)
+
+
+def test_broken_records_of_a_cache_are_named_and_bounded(tiny_ckpt, tmp_path, capsys):
+    """Fields may stand on both sides of the options."""
+    file, *_ = write(tmp_path, tiny_ckpt, RECORDS)
+    before = ["cache", "data.threads=1", file]
+    assert main([*before, f"--out={tmp_path / 'a'}", "data.max_broken_share=0.001"]) == 0
+    said = capsys.readouterr().out
+    assert "skipped" in said and "pictures.jsonl line 2: its image cannot be read" in said
+    assert main([*before, f"--out={tmp_path / 'b'}", "data.max_broken_share=0"]) == 2
+    assert "1 of 6 samples come from broken records" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+    with pytest.raises(SystemExit):
+        main([*before, f"--out={tmp_path / 'b'}", "--batchs=2"])
+    assert "unrecognized arguments: --batchs=2" in capsys.readouterr().err

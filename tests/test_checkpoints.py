@@ -171,3 +171,14 @@ def test_missing_metadata_is_named(saved, item):
     shutil.rmtree(saved / item)
     with pytest.raises(ValueError, match="ckpt is damaged or incomplete"):
         checkpoints.read_metadata(saved)
+
+
+def test_a_state_of_an_earlier_version_is_named(tmp_path, monkeypatch):
+    """Its leaves had numbers for names; the parameters beside it are read as ever."""
+    numbered = {"000000": jnp.ones(2), "000001": jnp.ones(())}
+    checkpoints.save_checkpoint(tmp_path / "old", {"a": {"b": jnp.ones(3)}}, {}, {}, numbered)
+    for read in (lambda p: checkpoints.load_state(p, numbered),
+                 lambda p: checkpoints.load_entry(p, "params")):  # fmt: skip
+        with pytest.raises(ValueError, match="an earlier version of jflow: begin a new run"):
+            read(tmp_path / "old")
+    assert checkpoints.load_checkpoint(tmp_path / "old")[0]["a"]["b"].shape == (3,)

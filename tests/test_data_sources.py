@@ -370,3 +370,52 @@ def test_numbers_are_no_image(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="its image is float"):
         open_source("parquet", str(tmp_path / "a.parquet"))[0]
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("jsonl", "a.jsonl"), ("parquet", "a.parquet"), ("webdataset", "a.tar"), ("jsonl", "a.png"),
+])  # fmt: skip
+def test_storage_that_is_gone_is_no_broken_record(tmp_path, kind, name):
+    """Which would be skipped, and counted only when thousands are lost: the run ends instead."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    path = write_lines(folder / "a.jsonl", [{"image": "a.png", "caption": "a"}])
+    if kind == "parquet":
+        path = str(folder / "a.parquet")
+        pq.write_table(pa.table({"text": ["a"]}), path)
+    elif kind == "webdataset":
+        path = write_tar(folder / "a.tar", {"a.txt": b"a"})
+    elif name == "a.png":  # The pictures lie elsewhere, and their folder is gone.
+        source = open_source(kind, path, image_folder=str(tmp_path / "nowhere"))
+        with pytest.raises(OSError, match="The folder of images .*nowhere is not there") as caught:
+            source[0]
+        assert caught.type is OSError
+        return
+    source = open_source(kind, path)
+    (folder / name).unlink()
+    with pytest.raises(OSError, match=f"{name} was there and is gone") as caught:
+        source[0]
+    assert caught.type is OSError
+
+
+def test_a_damaged_group_of_a_parquet_file_is_a_broken_record(tmp_path):
+    """pyarrow's OSError is no failing disk's: it has no number of one."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"]}), path)
+    data = bytearray(path.read_bytes())
+    data[4:24] = bytes(20)
+    path.write_bytes(data)
+    source = open_source("parquet", str(path))
+    with pytest.raises(ValueError, match="group 0 of .*a.parquet is damaged"):
+        source[1]
+
+
+def test_a_mark_before_utf8_is_passed_over(tmp_path):
+    records = [{"text": "é"}, {"text": "two"}]
+    for name, text in (
+        ("a.json", json.dumps(records)), ("a.jsonl", "\n".join(map(json.dumps, records))),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        source = open_source("jsonl", str(tmp_path / name))
+        assert [source[i]["text"] for i in range(2)] == ["é", "two"]

@@ -27,6 +27,8 @@ def test_images_and_grid_with_their_settings(tiny_ckpt, tmp_path, capsys):
         info = image.info
     assert info["prompt"] == "two cats" and info["index"] == "2" and info["solver"] == "heun"
     assert info["steps"] == "2" and info["seed"] == "9"
+    assert info["dtype"] == "float32" and info["raw"] == "False"
+    assert info["ckpt"] == str(tiny_ckpt.resolve())
     grid = np.asarray(Image.open(out / "grid.png"))
     single = np.asarray(Image.open(out / "0001_002.png"))
     np.testing.assert_array_equal(grid[-64:, -64:], single)
@@ -152,6 +154,8 @@ def test_the_grid_shows_the_first_prompts_and_images(tiny_ckpt, tmp_path, capsys
         (["--prompt", "x", "--image", "cat.png"], "begins from --init-image"),
         (["--questions", "x.jsonl", "--image", "cat.png"], "--image is what a --question is about"),
         (["--questions", "x.jsonl", "--question", "x"], "not both"),
+        (["--question", "x", "--init-image", "cat.png"], "--init-image is for drawing"),
+        (["--question", "x", "--plan", "v5e-4"], "--plan is for drawing"),
         (["--prompt", "x", "--strength", "0.5"], "--strength says how much of --init-image"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
     ],

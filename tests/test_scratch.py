@@ -41,8 +41,14 @@ def texts():
 
 
 def test_every_word_of_the_datasets_is_a_token():
+    """Also of more colors, where they are asked for; all others keep their numbers."""
     tokenizer = Tokenizer.from_files(tokenizer_files(16))
     unknown = tokenizer.encode("xylophone")[1]
+    wide = Tokenizer.from_files(tokenizer_files(16, tuple(scenes.MORE_COLORS)))
+    assert wide.vocab_size == tokenizer.vocab_size + len(scenes.MORE_COLORS)
+    for color in scenes.MORE_COLORS:
+        assert unknown in tokenizer.encode(color) and unknown not in wide.encode(color)
+    assert all(tokenizer.encode(text) == wide.encode(text) for text in texts())
     missing = {text for text in texts() if unknown in tokenizer.encode(text)}
     assert not missing
     assert tokenizer.decode(tokenizer.encode("top right")) == "top right"

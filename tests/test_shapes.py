@@ -46,11 +46,15 @@ def test_radius_and_gap():
             assert all(scenes.gap(a, b) >= 1.5 for b in objects[:i])
 
 
-def test_held_out_pairs_never_occur_in_training():
+WIDE = [shapes.example(0, "train", i, of=scenes.WIDE) for i in range(300)]
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, WIDE], ids=["train", "wide"])
+def test_held_out_pairs_never_occur_in_training(examples):
     """Not in pictures, captions, questions or prompts; each colour is held out once."""
     held = {(s, c) for s, colors in scenes.HELD_OUT.items() for c in colors}
     assert len(held) == 8 and Counter(c for _, c in held) == Counter(list(scenes.COLORS))
-    for example in EXAMPLES:
+    for example in examples:
         assert not held & {(o.shape, o.color) for o in example.scene.objects}
         texts = [example.caption, *(q.question for q in example.questions)]
         for shape, color in held:
@@ -59,6 +63,18 @@ def test_held_out_pairs_never_occur_in_training():
         include = shapes.prompt(0, "unseen", i)["include"]
         colored = {(want["class"], want["color"]) for want in include if "color" in want}
         assert colored <= held
+
+
+def test_more_colors_come_in_all_shapes_and_never_near_a_pair_that_is_held_out():
+    """With two fifths of the objects; three standard deviations."""
+    shown = [(o.shape, o.color) for example in WIDE for o in example.scene.objects]
+    more = [pair for pair in shown if pair[1] in scenes.MORE_COLORS]
+    assert set(more) == {(s, c) for s in scenes.SHAPES for c in scenes.MORE_COLORS}
+    # What stands together is not drawn apart: "two red circles" count twice.
+    assert len(more) / len(shown) == pytest.approx(0.4, abs=3 * math.sqrt(2 * 0.24 / len(shown)))
+    for color, rgb in scenes.MORE_COLORS.items():
+        for named in scenes.COLORS.values():
+            assert math.dist(rgb, named) > 0.25, color
 
 
 def test_prompts_are_worded_as_in_geneval():

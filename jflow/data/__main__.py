@@ -87,7 +87,12 @@ def main(argv: list[str] | None = None) -> int:
     for command in (checker, writer):
         command.add_argument("--config", required=True, help="a file of configs/")
         command.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    # Fields may stand on both sides of an option, which argparse does not know of subcommands.
+    if more and ("overrides" not in args or any(one.startswith("-") for one in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.overrides += more
     try:
         return args.run(args)
     except (ValueError, OSError) as error:

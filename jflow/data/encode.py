@@ -20,6 +20,7 @@ from jflow.data import workers
 from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, source_checksum
 from jflow.data.examples import cached_crop
 from jflow.data.mixture import DataConfig
+from jflow.data.pipeline import check_broken
 from jflow.data.sources import Source, open_source
 from jflow.distributed import fetch
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
@@ -86,9 +87,10 @@ def _checksum(params: dict) -> int:
 def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
     """Encodes one crop of every record of the generation sources, `batch` at a time, into `out`.
 
-    Broken records are kept with their reasons, so that training skips the same ones.
+    Broken records are named, and kept with their reasons, so that training skips the same ones.
 
-    Raises ValueError or OSError in one sentence; then nothing is written.
+    Raises ValueError or OSError in one sentence, also for more of them than max_broken_share
+    allows; then nothing is written.
     """
     checkpoints.require_new(out)
     chosen = [s for s in config.data.sources if s.task == "generation"]
@@ -129,6 +131,14 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
         fingerprint = Fingerprint(
             encoders, size, config.data.seed, tuple(map(source_checksum, sources))
         )
+        named = [
+            f"{source.name(i)}: {reason}"
+            for source, reasons in zip(sources, broken, strict=True)
+            for i, reason in reasons.items()
+        ]
+        check_broken(named, sum(map(len, sources)), config.data.max_broken_share)
+        for line in named:
+            print(f"skipped {line}")
         info = {"fingerprint": dataclasses.asdict(fingerprint), "broken": broken}
         (folder / INFO).write_text(json.dumps(info, indent=1), encoding="utf-8")
     return fingerprint

@@ -194,6 +194,8 @@ def open_image(data: bytes | np.ndarray) -> Image.Image:
         return decode(io.BytesIO(data))
     except UnidentifiedImageError as error:  # Its text is the address of a buffer.
         raise ValueError("its image cannot be read (no known format)") from error
+    except MemoryError:
+        raise  # no fault of the image
     except Exception as error:  # Decoders raise whatever they like at damaged data.
         raise ValueError(f"its image cannot be read ({error})") from error
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from jflow.prompts import Template
+from jflow.rng import require_seed
 
 Task = Literal["generation", "understanding", "text"]
 # Generation first: `interleave` keeps the first within one row of its share in every batch.
@@ -111,6 +112,10 @@ class DataConfig:
         for name in ("batch_rows", "broken_check_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("drop_prompt", "max_broken_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)}.")
+        require_seed(self.seed, "data.seed")
         starts = [phase.from_step for phase in self.mixture]
         if not starts or starts[0] != 0 or starts != sorted(set(starts)):
             raise ValueError("The mixture's phases must start at step 0 and rise in from_step.")

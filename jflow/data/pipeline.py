@@ -181,7 +181,7 @@ class Loader:
                 texts = [json.loads(text) for text in gather(json.dumps([samples, new]))]
                 reported, new = [reason for _, part in texts for reason in part], []
                 broken += reported
-                _check_broken(broken, sum(n for n, _ in texts), config.max_broken_share)
+                check_broken(broken, sum(n for n, _ in texts), config.max_broken_share)
             batch, padding = self._assemble(now, rows)
             left_out = sum(piece.left_out for piece in found)
             read = sum(piece.samples for piece in found)
@@ -344,7 +344,8 @@ def _make_piece(job: int, start: int) -> _Piece:
     return _loader._make_piece(job, start)
 
 
-def _check_broken(broken: list[str], samples: int, limit: float) -> None:
+def check_broken(broken: list[str], samples: int, limit: float) -> None:
+    """Raises ValueError, with a list, where more than a share `limit` of samples is broken."""
     if len(broken) > limit * max(samples, _BROKEN_FLOOR):
         different = sorted(set(broken))
         listed = "\n  ".join(different[:_BROKEN_LISTED])

@@ -67,6 +67,8 @@ def _image(value: Any, folder: epath.Path | None) -> bytes | np.ndarray:
     if isinstance(value, str) and folder is not None:
         file = folder / value
         if not file.exists() or file.is_dir():
+            if not folder.exists():
+                raise OSError(f"The folder of images {folder} is not there: bring it back.")
             raise FileNotFoundError(f"there is no image file {file}")
         return file.read_bytes()
     if isinstance(value, bytes) or (isinstance(value, np.ndarray) and value.dtype == np.uint8):

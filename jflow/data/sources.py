@@ -22,6 +22,7 @@ import re
 import tarfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +31,7 @@ from etils import epath
 from jflow.data.records import FIELDS, decode, json_object, to_record
 
 _BLANK = re.compile(r"[ \t\r\n]*")
+_MARK = "\xef\xbb\xbf"  # that some editors put before UTF-8
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -80,6 +82,17 @@ def open_source(
     raise ValueError(
         f"There is no format {kind!r}: use tfds, jsonl, parquet or webdataset for {path}."
     )
+
+
+@contextmanager
+def _opened(file: epath.Path) -> Iterator[Any]:
+    """The file of records, open; that it is gone is failing storage, and no broken record."""
+    try:
+        opened = file.open("rb")
+    except FileNotFoundError as error:
+        raise OSError(f"{file} was there and is gone: bring it back.") from error
+    with opened:
+        yield opened
 
 
 class TfdsSource:
@@ -155,7 +168,7 @@ class JsonlSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, _, start, stop = self._places[index]
-        with self._files[file].open("rb") as opened:
+        with _opened(self._files[file]) as opened:
             opened.seek(int(start))
             data = opened.read(int(stop - start))
         raw = json_object(data, "the entry" if _is_array(self._files[file]) else "the line")
@@ -203,9 +216,16 @@ class ParquetSource:
         self._start()
 
     def _read_group(self, number: int) -> Any:
-        file, group = self._groups[number]
-        with self._files[file].open("rb") as opened:
-            return _parquet_file(opened, self._files[file]).read_row_group(group)
+        number, group = self._groups[number]
+        file = self._files[number]
+        with _opened(file) as opened:
+            try:
+                return _parquet_file(opened, file).read_row_group(group)
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                # So pyarrow says that what it has read makes no sense.
+                raise ValueError(f"group {group} of {file} is damaged ({error})") from error
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -256,7 +276,7 @@ class WebdatasetSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         (number, _), places = self._members[index]
         raw: dict[str, Any] = {}
-        with self._files[number].open("rb") as tar:
+        with _opened(self._files[number]) as tar:
             # The .json first: names of images in it are of those that lie beside it.
             for suffix, (offset, size) in sorted(places.items(), key=lambda x: (x[0] != "json", x)):
                 tar.seek(offset)
@@ -321,7 +341,7 @@ def _array_entries(opened: Any, file: epath.Path) -> Iterator[tuple[int, int, in
     """The same of the entries of one JSON array; the file is read whole, this once."""
     # As Latin-1 a character is a byte, and JSON's own signs are what they are in UTF-8.
     text, decode = opened.read().decode("latin-1"), json.JSONDecoder().raw_decode
-    number, place = 0, _BLANK.match(text).end()
+    number, place = 0, _BLANK.match(text, len(_MARK) if text.startswith(_MARK) else 0).end()
     try:
         while text[place : place + 1] == ("," if number else "["):
             start = _BLANK.match(text, place + 1).end()

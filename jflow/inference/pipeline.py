@@ -55,7 +55,7 @@ class ImageOptions:
 
     def __post_init__(self):
         _require_finite(self, "guidance_scale", "shift")
-        _require_seed(self.seed)
+        rng.require_seed(self.seed)
         if self.solver not in SOLVERS:
             raise ValueError(f"Unknown solver {self.solver!r}: choose from {', '.join(SOLVERS)}.")
         if not 0 < self.strength <= 1:
@@ -86,7 +86,7 @@ class AnswerOptions:
 
     def __post_init__(self):
         _require_finite(self, "temperature")
-        _require_seed(self.seed)
+        rng.require_seed(self.seed)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.temperature < 0:
@@ -99,11 +99,6 @@ def _require_finite(options: ImageOptions | AnswerOptions, *names: str) -> None:
     for name in names:
         if not math.isfinite(value := getattr(options, name)):
             raise ValueError(f"{name} must be a number, not {value}.")
-
-
-def _require_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:  # JAX would take the lower 32 bits alone.
-        raise ValueError(f"seed must be from 0 to {2**32 - 1}, not {seed}.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from jflow.data.mixture import DataConfig
 from jflow.models.layers import Remat
+from jflow.rng import require_seed
 from jflow.sharding import MeshConfig
 from jflow.training.lora import LoraConfig
 from jflow.training.objectives import ObjectiveConfig
@@ -81,6 +82,7 @@ class TrainConfig:
         for name in (*counts, "rewind_after", "max_rewinds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        require_seed(self.seed)
         if self.remat not in typing.get_args(Remat):
             raise ValueError(f"remat must be none, dots or full, not {self.remat!r}.")
         if self.dtype not in ("float32", "bfloat16"):

@@ -36,6 +36,10 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.decay is not None and not 0 <= self.decay[0] < self.decay[1]:
             raise ValueError(f"decay must be (first, last) update, not {self.decay}.")
+        if not self.clip_norm > 0:
+            raise ValueError(
+                f"clip_norm must be above 0, not {self.clip_norm}; a large one clips nothing."
+            )
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be at least 1, not {self.accumulate}.")
 

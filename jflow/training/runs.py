@@ -63,10 +63,11 @@ def load_raw(
 
     Raises ValueError in one sentence for a checkpoint without a training state.
     """
+    found = checkpoints.find_checkpoint(path)  # The run may go on and save the next one.
     trained, kernels = (
-        checkpoints.load_entry(path, entry, sharding) for entry in ("params", "lora")
+        checkpoints.load_entry(found, entry, sharding) for entry in ("params", "lora")
     )
-    params, config, files = checkpoints.load_checkpoint(path, dtype, sharding)
+    params, config, files = checkpoints.load_checkpoint(found, dtype, sharding)
     factors = config["train"]["lora"]
     merged = lora.merge(
         merge(flatten_dict(params, sep="/") | kernels, trained),

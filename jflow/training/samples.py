@@ -39,6 +39,9 @@ class Sampler:
         if config.every and not (config.prompts or config.questions):
             raise ValueError("samples.every asks for samples: give samples.prompts or .questions.")
         self._config, self._lora = config, modules.lora
+        self._drawing = ImageOptions(config.steps, config.guidance_scale, config.seed)
+        self._drawing.grid()  # Refuses steps that are none.
+        self._answering = AnswerOptions(config.max_new_tokens)
         self._parts = dict(
             # Nothing is differentiated here.
             model=modules.model.clone(remat="none"),
@@ -61,10 +64,9 @@ class Sampler:
         config = self._config
         if not config.prompts:
             return None
-        options = ImageOptions(config.steps, config.guidance_scale, config.seed)
         rows = []
         for ema in (False, True):
-            for batch in self._pipeline(state, ema).generate(config.prompts, 1, options):
+            for batch in self._pipeline(state, ema).generate(config.prompts, 1, self._drawing):
                 rows += list(batch)
         return images.make_grid(rows, columns=len(config.prompts))
 
@@ -72,10 +74,9 @@ class Sampler:
         """(raw, averaged) answers to each of the questions."""
         if not self._questions:
             return []
-        options = AnswerOptions(self._config.max_new_tokens)
         found = []
         for ema in (False, True):
-            *_, answers = self._pipeline(state, ema).answer(self._questions, options)
+            *_, answers = self._pipeline(state, ema).answer(self._questions, self._answering)
             found.append(answers)
         return list(zip(*found, strict=True))
 
