@@ -7,9 +7,9 @@
     python -m jflow.evals --ckpt runs/shapes/train --untrained runs/shapes/init --out runs/shapes
 
 An hour and a half on 2 cores; `make demo` is the same in 10 minutes. It learns to draw first, then
-to draw and to answer: the two hinder each other's beginnings. With --wide 1 behind the first command
-and wide=true behind the second, as `make shapes WIDE=1` has them, it learns from more colors, for
-pairs of shape and color that it never sees. docs/shapes.md says what was tried.
+to draw and to answer: the two hinder each other's beginnings. With --wide 1 behind the first
+command and wide=true behind the second, as `make shapes WIDE=1` has them, it learns from more
+colors, for pairs of shape and color that it never sees. docs/shapes.md says what was tried.
 """
 
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig, WindowConfig
