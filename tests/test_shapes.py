@@ -72,6 +72,9 @@ def test_more_colors_come_in_all_shapes_and_never_near_a_pair_that_is_held_out()
     assert set(more) == {(s, c) for s in scenes.SHAPES for c in scenes.MORE_COLORS}
     # What stands together is not drawn apart: "two red circles" count twice.
     assert len(more) / len(shown) == pytest.approx(0.4, abs=3 * math.sqrt(2 * 0.24 / len(shown)))
+    for example in WIDE:
+        named = {o.color for o in example.scene.objects if o.color in scenes.MORE_COLORS}
+        assert all(color in example.caption for color in named), example.caption
     for color, rgb in scenes.MORE_COLORS.items():
         for named in scenes.COLORS.values():
             assert math.dist(rgb, named) > 0.25, color

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jflow.data.scenes import (
+    MORE_COLORS,
     RELATIONS,
     SHAPES,
     SIDE,
@@ -147,7 +148,12 @@ def example(
 def caption_of(
     scene: Scene, record: dict | None, rng: np.random.Generator, colored: float = COLORED_SHARE
 ) -> str:
-    """A caption: the record's prompt so often that over all scenes SHORT_SHARE of them are."""
+    """A caption: the record's prompt so often that over all scenes SHORT_SHARE of them are.
+
+    MORE_COLORS are always named, or what is asked for without a color would be drawn in one.
+    """
+    if any(o.color in MORE_COLORS for o in scene.objects):
+        return describe(scene, rng, colored=1)
     short = record is not None and rng.random() < SHORT_SHARE / (1 - FREE_SHARE)
     return record["prompt"] if short else describe(scene, rng, colored)
 
