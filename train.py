@@ -79,11 +79,11 @@ def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.Tr
         width = modules.model.config.language.hidden_size
         key = jax.random.key(config.seed)
         params = params | {"repa": repa.init_params(modules.repa, width, key)}
-    there = params["repa"]["linear_1"]["kernel"].shape[-1]
-    if there != config.repa_hidden_size:
+    there, wanted = params["repa"]["linear_1"]["kernel"].shape[-1], modules.repa.hidden_size
+    if there != wanted:
         raise ValueError(
             f"The REPA head in {config.init_from} has hidden size {there}: set repa_hidden_size to "
-            f"it, not {config.repa_hidden_size}."
+            f"it, not {wanted}."
         )
     params = lora.init(params, config.lora, config.trainable, config.seed)
     return state.init(params, config.trainable, adamw(config.optimizer))
