@@ -178,7 +178,7 @@ def train(
 def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = None) -> None:
     """Losses, gradients (AdamW's first moment is a tenth of them) and averages, within 1e-5."""
     (first, second), alone = train(None, factors)
-    assert first["gradient_norm"][0] > 1 and first["ar"][1] > 10 and first["rf"][1] == 12
+    assert first["gradient_norm"][0] > 0.1 and first["ar"][1] > 10 and first["rf"][1] == 12
     for sizes in meshes:
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh):
@@ -199,8 +199,8 @@ def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = No
 
 
 def training_factors(meshes: list[tuple[int, int, int]]) -> None:
-    """`training` of LoRA's factors alone."""
-    training(meshes, LoraConfig(rank=3))
+    """`training` of LoRA's factors alone, at changes that leave the kernels what they are."""
+    training(meshes, LoraConfig(rank=3, alpha=3.0))
 
 
 def sample(
