@@ -2,12 +2,22 @@
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from jflow.convert.__main__ import main as convert
 from jflow.inference.pipeline import Pipeline
 from tests.goldens import GOLDEN
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache():
+    """The cache that train.py and sample.py turn on ends with the module that has called them: all
+    others would write their programs too, and once in a dozen runs XLA crashed at that."""
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
