@@ -94,12 +94,13 @@ def sampling_table(sampling: dict) -> str:
     """What benchmarks/sampling.py wrote -> a Markdown table, PyTorch beside ours."""
     lines = ["| sampling | ms | times ours | of the matmul peak |", "|---|---|---|---|"]
     for title, (ours, *others) in sampling["tables"].items():
+        reading = title.startswith("Token")  # All weights, for one row of products.
         peak = f"{ours['peak_share']:.0%}"
-        if title.startswith("Token"):  # Reads all weights for one row of products.
+        if reading:
             peak = f"weights at {_three(sampling['decode_weights_gb_per_s'])} GB/s"
         lines.append(f"| **{title}: jflow** | {_three(1000 * ours['seconds'])} | 1 | {peak} |")
         for row in others:
-            peak = "" if title.startswith("Token") else f"{row['peak_share']:.0%}"
+            peak = "" if reading else f"{row['peak_share']:.0%}"
             lines.append(
                 f"| {row['name']} | {_three(1000 * row['seconds'])} | {row['ratio']:.2f} | {peak} |"
             )

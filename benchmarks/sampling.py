@@ -215,8 +215,8 @@ def image_latency(
     return {"image": image, "vae": vae / batch}
 
 
-def run(args: argparse.Namespace, workload: Workload, write: Callable[[dict], None]) -> None:
-    """Compares, times and prints; `write` is given the figures, each time there are more."""
+def run(args: argparse.Namespace, workload: Workload) -> None:
+    """Compares, times and prints, and writes the figures each time there are more."""
     from ours import write_weights
 
     write_weights(workload)
@@ -255,10 +255,15 @@ def run(args: argparse.Namespace, workload: Workload, write: Callable[[dict], No
         "decode_weights_gb_per_s": bandwidth,
         "image_latency_s": latency,
     }
-    write(figures)
+
+    def write():
+        if args.json:
+            write_json(args.json, figures)
+
+    write()
     for n, rows in zip(args.batch if args.vae else [], tables.values(), strict=False):
         latency[n] = image_latency(ours, n, rows[0].seconds, args.steps, args.rounds)
-        write(figures)
+        write()
     ours.stop()
     torch.stop()
 
@@ -300,7 +305,7 @@ def main() -> None:
             new_tokens=32,
             matmul_size=2048 if args.device == "cpu" else 8192,
         )
-        run(args, workload, lambda figures: args.json and write_json(args.json, figures))
+        run(args, workload)
 
 
 if __name__ == "__main__":

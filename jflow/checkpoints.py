@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,7 +177,8 @@ def load_state(path: str | Path, like: Any) -> Any:
     found = _state_shapes(folder)
     if {name: tuple(leaf.shape) for name, leaf in expected.items()} != found:
         raise ValueError(f"The training state in {path} is that of another model or optimizer.")
-    restored = _load_named(folder, {name: place_of(leaf) for name, leaf in expected.items()})
+    places = {name: place_of(leaf) for name, leaf in expected.items()}
+    restored = _load_named(folder, found, places)
     return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in expected])
 
 
@@ -191,13 +192,15 @@ def load_entry(
     Raises ValueError in one sentence if there is no training state.
     """
     folder, prefix = find_checkpoint(path), f"{entry}."
+    found = _state_shapes(folder)
     shapes = {
         name.removeprefix(prefix): jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in _state_shapes(folder).items()
+        for name, shape in found.items()
         if name.startswith(prefix)
     }
     places = sharding(shapes) if sharding else {name: place_of(None) for name in shapes}
-    restored = _load_named(folder, {prefix + name: place for name, place in places.items()})
+    places = {prefix + name: place for name, place in places.items()}
+    restored = _load_named(folder, found, places)
     return {name: restored[prefix + name] for name in shapes}
 
 
@@ -216,9 +219,10 @@ def _state_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(leaf.shape) for name, leaf in tree.items()}
 
 
-def _load_named(folder: Path, places: dict[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
-    """The leaves of the state with these names, where they are to lie."""
-    names = _state_shapes(folder)
+def _load_named(
+    folder: Path, names: Iterable[str], places: dict[str, jax.sharding.Sharding]
+) -> dict[str, jax.Array]:
+    """The leaves of the state that have a place, there. names: of all leaves."""
     item = ocp.args.PyTreeRestore(
         {name: 0 if name in places else ocp.PLACEHOLDER for name in names},
         restore_args={

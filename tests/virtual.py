@@ -178,7 +178,8 @@ def train(
 def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = None) -> None:
     """Losses, gradients (AdamW's first moment is a tenth of them) and averages, within 1e-5."""
     (first, second), alone = train(None, factors)
-    assert first["gradient_norm"][0] > 0.1 and first["ar"][1] > 10 and first["rf"][1] == 12
+    assert first["gradient_norm"][0] > (1 if factors is None else 0.1)
+    assert first["ar"][1] > 10 and first["rf"][1] == 12
     for sizes in meshes:
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh):

@@ -33,6 +33,7 @@ MORE_COLORS = {
     "maroon": (0.45, 0.03, 0.1),
     "violet": (0.75, 0.55, 1.0),
 }
+_RGB = COLORS | MORE_COLORS
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -44,7 +45,7 @@ HELD_OUT = {
     "cross": ("purple", "orange"),
 }
 SPLITS = ("train", "seen", "unseen")
-WIDE = "wide"
+WIDE = "wide"  # of `pairs` alone: no split
 
 RADIUS = (3.4, 4.6)  # of the circle of the same area
 GAP = 1.5  # between two objects
@@ -146,13 +147,12 @@ def pixel_grid(size: int) -> np.ndarray:
 def render(scene: Scene, size: int = SIDE) -> np.ndarray:
     """The anti-aliased picture.  [size, size, 3] float32 in [-1, 1]."""
     image, grid, scale = np.full((size, size, 3), BACKGROUND), pixel_grid(size), size / SIDE
-    colors = COLORS | MORE_COLORS
     for o in scene.objects:
         # A pixel whose centre is further than half a pixel from the object stays as it is.
         left, top, right, bottom = (int(v * scale) for v in o.box)
         part = np.s_[max(top - 1, 0) : bottom + 2, max(left - 1, 0) : right + 2]
         alpha = coverage(o.shape, o.x * scale, o.y * scale, o.radius * scale, grid[part])
-        image[part] += alpha[..., None] * (np.array(colors[o.color]) - image[part])
+        image[part] += alpha[..., None] * (np.array(_RGB[o.color]) - image[part])
     return (2 * image - 1).astype(np.float32)
 
 
