@@ -11,7 +11,7 @@ from full_size import write_shards
 from workload import GUIDANCE_SCALE, SIGLIP_SIZES, Workload, random_params
 
 from jflow import flow
-from jflow.convert.engine import find_tensors, plan, read_params
+from jflow.convert.engine import find_tensors, open_params, plan
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES
 from jflow.inference.image import decode_latents, sample_latents
 from jflow.inference.pipeline import DECODE_CHUNK, PROMPT_BUCKET, VAE_BATCH, pad_rows
@@ -38,7 +38,7 @@ def jobs(workload: Workload) -> dict[str, Callable]:
     precision = Precision(param=dtype, compute=dtype)
     config = JanusFlowConfig.from_hf(workload.config, SIGLIP_SIZES)
     leaves = leaves_of(workload.config)
-    params = jax.device_put(read_params(leaves, find_tensors(workload.weights)))
+    params = jax.tree.map(jnp.asarray, open_params(leaves, find_tensors(workload.weights)))
     answering = JanusFlow(config, precision, scan_layers=False, segments=2)
     unstacked = params | {"language_model": unstack_layers(dict(params["language_model"]))}
     drawing = JanusFlow(config, precision, segments=2)

@@ -13,6 +13,7 @@ devices hold, and what one of them finds damaged is so for all.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +35,34 @@ from orbax.checkpoint import type_handlers
 from jflow import distributed
 
 # Arrays are stored and read in chunks of this many bytes, and files of about this many. With
-# RESTORE_BYTES these bound what a save or a restore needs on top of the parameters: Orbax's own
+# GROUP_BYTES these bound what a save or a restore needs on top of the parameters: Orbax's own
 # defaults take half the parameters' size again to save and two thirds to restore.
 CHUNK_BYTES = 8 * 2**20
 FILE_BYTES = 64 * 2**20
-# Arrays are restored in groups of about this many bytes.
-RESTORE_BYTES = 64 * 2**20
+# Arrays are restored, and those that are Later saved, in groups of about this many bytes.
+GROUP_BYTES = 64 * 2**20
 CHECKSUMS = "checksums.json"
 
 
 class DamagedError(ValueError):
     """A checkpoint that is not what was written."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """An array that is read each time np.asarray asks for it, and not kept: what is converted needs
+    not be in memory as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    read: Callable[[], np.ndarray]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.read(), dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def require_local(path: str | Path) -> None:
@@ -82,7 +102,8 @@ def save_checkpoint(
 
     Args:
       path: must not exist, or be an empty folder.
-      params: {"janusflow": ..., "vae": ...} of numpy or jax arrays, stored in their dtypes.
+      params: {"janusflow": ..., "vae": ...} of numpy or jax arrays or of Later, stored in their
+        dtypes.
       config, files: see the module; both must be expressible in JSON.
       state: any tree of arrays, None for none.
 
@@ -135,24 +156,59 @@ def load_checkpoint(
         sharding = sharding(shapes)
     elif not isinstance(sharding, dict):
         sharding = jax.tree.map(lambda _: sharding or place_of(None), shapes)
+    restore_args = jax.tree.map(
+        lambda _, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), shapes, sharding
+    )
+    groups, arrays = _groups(shapes), []
+    for group in np.unique(groups):
+        arrays += _restore_group(folder, restore_args, groups == group)
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays), config, files
+
+
+def open_checkpoint(path: str | Path) -> tuple[dict, dict, dict[str, str]]:
+    """`load_checkpoint` with parameters that are Later: memory holds a group of GROUP_BYTES, or
+    one array that is larger, where they are read in the order of their tree."""
+    folder = find_checkpoint(path)
+    config, files = read_metadata(folder)
     with _checkpointer() as checkpointer, _reported_as_damage(folder):
-        restore_args = jax.tree.map(
-            lambda _, place: ocp.ArrayRestoreArgs(sharding=place, dtype=dtype), shapes, sharding
-        )
-        leaves, structure = jax.tree.flatten(restore_args)
-        sizes = [np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)]
-        groups = np.cumsum(sizes) // RESTORE_BYTES
-        arrays = []
-        for group in np.unique(groups):
-            wanted = [
-                leaf if number == group else ocp.PLACEHOLDER
-                for leaf, number in zip(leaves, groups, strict=True)
-            ]
-            tree = structure.unflatten(wanted)
-            item = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-            restored = checkpointer.restore(folder, ocp.args.Composite(params=item)).params
-            arrays += [x for x in jax.tree.leaves(restored) if x is not ocp.PLACEHOLDER]
-    return structure.unflatten(arrays), config, files
+        _verify(folder)
+        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+    groups, restored = _groups(shapes), {}
+
+    def read(i: int) -> np.ndarray:
+        if i not in restored:
+            restored.clear()
+            wanted = groups == groups[i]
+            arrays = _restore_group(folder, restore_args, wanted)
+            restored.update(zip(np.flatnonzero(wanted), arrays, strict=True))
+        return restored[i]
+
+    leaves, structure = jax.tree.flatten(shapes)
+    later = [
+        Later(tuple(leaf.shape), np.dtype(leaf.dtype), partial(read, i))
+        for i, leaf in enumerate(leaves)
+    ]
+    return structure.unflatten(later), config, files
+
+
+def _groups(arrays: Any) -> np.ndarray:
+    """The number of each leaf's group, of about GROUP_BYTES, in their order; leaves with a shape
+    and a dtype."""
+    sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays)]
+    return np.cumsum(sizes) // GROUP_BYTES
+
+
+def _restore_group(folder: Path, restore_args: dict, wanted: np.ndarray) -> list:
+    """The parameters that are wanted, a bool for each leaf."""
+    leaves, structure = jax.tree.flatten(restore_args)
+    tree = structure.unflatten(
+        leaf if want else ocp.PLACEHOLDER for leaf, want in zip(leaves, wanted, strict=True)
+    )
+    item = ocp.args.PyTreeRestore(tree, restore_args=restore_args)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        restored = checkpointer.restore(folder, ocp.args.Composite(params=item)).params
+    return [leaf for leaf in jax.tree.leaves(restored) if leaf is not ocp.PLACEHOLDER]
 
 
 def load_shapes(path: str | Path) -> dict:
@@ -320,11 +376,28 @@ def _verify(folder: Path, parts: tuple[str, ...] = ("",)) -> None:
             raise ValueError(f"{name} is not what was written.")
 
 
+class _LaterHandler(type_handlers.NumpyHandler):
+    """Reads a group of what is Later when its turn has come to be written, and writes it before the
+    next one."""
+
+    async def serialize(self, values, infos, args=None):
+        groups = _groups(values)
+        for group in np.unique(groups):
+            wanted = np.flatnonzero(groups == group)
+            await self._write(*([of[i] for i in wanted] for of in (values, infos, args)))
+        return []
+
+    async def _write(self, values, infos, args):
+        (written,) = await super().serialize([np.asarray(value) for value in values], infos, args)
+        written.result()
+
+
 def handler() -> ocp.CompositeCheckpointHandler:
     """What Orbax reads and writes our items with."""
     handlers = type_handlers.create_type_handler_registry(
         # Orbax would copy all arrays first, against writes during an asynchronous save.
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (Later, _LaterHandler(deepcopy_host_arrays=False)),
         # Copies of a small array are not worth a program that cuts each its part of the work.
         (jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=CHUNK_BYTES)),
     )

@@ -1,6 +1,8 @@
 """Checkpoint folders: what comes back, and what is refused in one sentence."""
 
+import gc
 import shutil
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +50,7 @@ def saved(tmp_path):
 
 @pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
 def test_everything_comes_back(tmp_path, monkeypatch, make):
-    monkeypatch.setattr(checkpoints, "RESTORE_BYTES", 100)  # several groups
+    monkeypatch.setattr(checkpoints, "GROUP_BYTES", 100)  # several groups
     path = tmp_path / "deep" / "ckpt"
     checkpoints.save_checkpoint(path, jax.tree.map(make, params()), CONFIG, FILES)
     got, config, files = checkpoints.load_checkpoint(path)
@@ -56,6 +58,39 @@ def test_everything_comes_back(tmp_path, monkeypatch, make):
     assert config == CONFIG and files == FILES
     assert checkpoints.read_metadata(path) == (CONFIG, FILES)
     assert list((tmp_path / "deep").iterdir()) == [path]
+
+
+def test_what_is_later_is_in_memory_in_groups(tmp_path, monkeypatch):
+    """Saved and opened, an array is gone before those of the group behind the next are read."""
+    monkeypatch.setattr(checkpoints, "GROUP_BYTES", 1000)
+    want = {"janusflow": {f"{i:02d}": np.full((75,), i, np.float32) for i in range(12)}}
+    alive, most = weakref.WeakSet(), []
+
+    class Read(np.ndarray):  # unlike its base, can be weakly referenced by a set
+        __hash__ = object.__hash__
+
+    def noted(array):
+        copy = array.copy().view(Read)
+        alive.add(copy)
+        gc.collect()
+        most.append(sum(x.nbytes for x in alive))
+        return copy
+
+    later = jax.tree.map(lambda x: checkpoints.Later(x.shape, x.dtype, lambda: noted(x)), want)
+    checkpoints.save_checkpoint(tmp_path / "ckpt", later, CONFIG, FILES)
+    assert len(most) == 12 and max(most) <= 1200
+    assert_same(checkpoints.load_checkpoint(tmp_path / "ckpt")[0], want)
+
+    restore, groups = checkpoints._restore_group, []
+    monkeypatch.setattr(
+        checkpoints, "_restore_group", lambda *a: groups.append(a[2].sum()) or restore(*a)
+    )
+    opened, config, files = checkpoints.open_checkpoint(tmp_path / "ckpt")
+    assert (config, files) == (CONFIG, FILES) and not groups
+    for (path, array), (name, expected) in zip(flatten(opened), flatten(want), strict=True):
+        assert path == name and (array.shape, array.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_array_equal(np.asarray(array), expected)
+    assert len(groups) == 4 and sum(groups) == 12 and max(groups) <= 4
 
 
 def test_without_files_and_vae(tmp_path):

@@ -241,7 +241,7 @@ def scratch(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_full_size_conversion_is_exact_and_fits_in_memory(scratch):
-    """2.05 B bfloat16 parameters in shards and the float32 VAE: within 1.3x their size."""
+    """2.05 B bfloat16 parameters in shards and the float32 VAE: within half of their size."""
     config, shapes = full_keys("janusflow_1p3b")
     source, vae, out = scratch / "src", scratch / "vae", scratch / "hf"
     vae_config, vae_shapes = full_keys("sdxl_vae")
@@ -267,4 +267,4 @@ def test_full_size_conversion_is_exact_and_fits_in_memory(scratch):
     writing = peak_gigabytes(["to-hf", ckpt, "--out", str(out)])
     print(f"{size:.2f} GB: peak {reading:.2f} GB from HF, {writing:.2f} GB to HF")
     assert checksums(out) == want and checksums(out / "vae") == want_vae
-    assert reading <= 1.3 * size and writing <= 1.3 * size
+    assert max(reading, writing) <= size / 2

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from jflow.convert.engine import Rule, find_tensors, flatten, plan, read_params, write_params
+from jflow.convert.engine import Rule, find_tensors, flatten, open_params, plan, write_params
 
 RULES = (
     Rule("model.layers.{l}.up.weight", "layers/up/kernel", "o i -> i o"),
@@ -66,8 +66,9 @@ def test_toy_rules_both_ways(tmp_path_factory, layers, blocks, size, dtype, shar
         part = {name: np.ascontiguousarray(hf[name]) for name in names[n::shards]}
         save_file(part, folder / f"model-{n}.safetensors")
     leaves = plan(RULES, tree)
-    params = read_params(leaves, find_tensors(folder))
-    equal_bits(dict(flatten(params)), dict(flatten(tree)))
+    params = open_params(leaves, find_tensors(folder))
+    read = {path: np.asarray(later) for path, later in flatten(params)}
+    equal_bits(read, dict(flatten(tree)))
     write_params(leaves, params, folder / "written")
     equal_bits(load_file(folder / "written"), hf)
     with safe_open(folder / "written", "np") as file:
@@ -83,7 +84,7 @@ def test_each_parameter_needs_exactly_one_rule():
         plan((*RULES, RULES[0]), tree)
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path, monkeypatch):
+def test_everything_wrong_is_listed_at_once(tmp_path):
     tree, hf = toy(3, 1, 4, np.float32)
     del hf["model.layers.1.up.weight"], hf["blocks.0.convs.0.weight"]
     hf["model.layers.2.up.weight"] = hf["model.layers.2.up.weight"].astype(np.float16)
@@ -91,9 +92,8 @@ def test_everything_wrong_is_listed_at_once(tmp_path, monkeypatch):
     hf["blocks.0.norm.weight"] = np.zeros((1, 1, 4), np.int32)
     hf["stray"] = np.zeros(1, np.float32)
     save_file(hf, tmp_path / "model.safetensors")
-    monkeypatch.setattr(np, "empty", lambda *_: pytest.fail("allocated before checking"))
     with pytest.raises(ValueError) as error:
-        read_params(plan(RULES, tree), find_tensors(tmp_path))
+        open_params(plan(RULES, tree), find_tensors(tmp_path))
     for problem in (
         "missing: model.layers.1.up.weight",
         "missing: blocks.0.convs.0.weight",

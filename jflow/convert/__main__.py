@@ -13,6 +13,8 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -28,8 +30,8 @@ from jflow.convert.engine import (
     Tensor,
     find_tensors,
     flatten,
+    open_params,
     plan,
-    read_params,
     write_params,
 )
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES, LANGUAGE_RULES
@@ -115,16 +117,17 @@ def read_config(folder: Path) -> tuple[dict, dict[str, str]]:
     return json.loads(files[CONFIG]), files
 
 
-def read_models(sources: list[tuple[str, dict[str, Tensor], list[Leaf]]]) -> dict:
-    """{name: params} of (name, tensors, leaves), under one progress bar."""
+@contextmanager
+def open_models(sources: list[tuple[str, dict[str, Tensor], list[Leaf]]]) -> Iterator[dict]:
+    """{name: params} of (name, tensors, leaves), to be read in the block, under a progress bar."""
     opened = {tensor.file for _, tensors, _ in sources for tensor in tensors.values()}
     total = sum(file.stat().st_size for file in opened)
-    with tqdm(total=total, desc="reading", unit="B", unit_scale=True) as bar:
-        return {name: read_params(leaves, found, bar.update) for name, found, leaves in sources}
+    with tqdm(total=total, desc="converting", unit="B", unit_scale=True) as bar:
+        yield {name: open_params(leaves, found, bar.update) for name, found, leaves in sources}
 
 
 def open_vae(source: str) -> tuple[dict, str, tuple[str, dict[str, Tensor], list[Leaf]]]:
-    """(config, its text, what `read_models` takes) of diffusers' AutoencoderKL."""
+    """(config, its text, what `open_models` takes) of diffusers' AutoencoderKL."""
     folder = fetch(source, [CONFIG, "diffusion_pytorch_model.safetensors"])
     config, files = read_config(folder)
     leaves = vae_leaves(VAEConfig.from_hf(config))
@@ -149,8 +152,8 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
     if vae_source is not None:
         config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
         sources.append(vae)
-    params = read_models(sources)
-    checkpoints.save_checkpoint(out, params, config, files)
+    with open_models(sources) as params:
+        checkpoints.save_checkpoint(out, params, config, files)
 
 
 def from_parts(
@@ -192,17 +195,17 @@ def from_parts(
 
     language_leaves, siglip_leaves = part_leaves(model, language_config.vocab_size)
     vision = siglip_rules.vision_tensors(find_tensors(siglip_folder))
-    read = read_models(
-        [
-            ("language", parts.language_tensors(find_tensors(folder)), language_leaves),
-            ("siglip", vision, siglip_leaves),
-            vae,
-        ]
-    )
-    enlarged = parts.enlarge(read["language"][parts.LANGUAGE], model.language.vocab_size)
-    params = parts.fresh_params(model)
-    params |= {parts.LANGUAGE: enlarged, parts.SIGLIP: siglip_rules.fuse(read["siglip"])}
-    checkpoints.save_checkpoint(out, {"janusflow": params, "vae": read["vae"]}, config, files)
+    sources = [
+        ("language", parts.language_tensors(find_tensors(folder)), language_leaves),
+        ("siglip", vision, siglip_leaves),
+        vae,
+    ]
+    with open_models(sources) as read:
+        enlarged = parts.enlarge(read["language"][parts.LANGUAGE], model.language.vocab_size)
+        siglip_params = siglip_rules.fuse(jax.tree.map(np.asarray, read["siglip"]))
+        params = parts.fresh_params(model)
+        params |= {parts.LANGUAGE: enlarged, parts.SIGLIP: siglip_params}
+        checkpoints.save_checkpoint(out, {"janusflow": params, "vae": read["vae"]}, config, files)
 
 
 def to_hf(source: str, out: str) -> None:
@@ -211,7 +214,7 @@ def to_hf(source: str, out: str) -> None:
     Raises ValueError or OSError for a folder that is no checkpoint; then nothing is written.
     """
     checkpoints.require_new(out)
-    params, config, files = checkpoints.load_checkpoint(source)
+    params, config, files = checkpoints.open_checkpoint(source)
     model_config = JanusFlowConfig.from_hf(config["janusflow"], config.get("siglip"))
     if CONFIG not in files:
         model, siglip = model_config.to_hf()

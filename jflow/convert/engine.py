@@ -1,8 +1,8 @@
 """Safetensors files to parameter trees and back, driven by a table of names.
 
 A table (janusflow_rules, vae_rules) holds only names and patterns: which keys a file must have, and
-of which shapes, follows from our abstract parameters. Tensors are read and written one at a time,
-so that memory stays at the size of the tree, and they keep their dtype and their bits.
+of which shapes, follows from our abstract parameters. Arrays are read and written one at a time, so
+that memory stays at the size of the largest, and they keep their dtype and their bits.
 """
 
 import json
@@ -11,12 +11,14 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
+
+from jflow.checkpoints import Later
 
 # The name of a dtype in a safetensors header, and numpy's.
 DTYPES = {
@@ -231,31 +233,39 @@ def check(leaves: Sequence[Leaf], tensors: dict[str, Tensor]) -> None:
         )
 
 
-def read_params(
+def open_params(
     leaves: Sequence[Leaf],
     tensors: dict[str, Tensor],
     on_bytes: Callable[[int], object] = lambda count: None,
 ) -> dict:
-    """The tree of numpy arrays, in the dtypes of the files.
+    """The tree of arrays in the dtypes of the files, each of them Later.
 
     Args:
-      leaves, tensors: of `plan` and `find_tensors`; `check` runs before anything is allocated.
+      leaves, tensors: of `plan` and `find_tensors`; `check` runs at once.
       on_bytes: called with the size of every tensor that has been read.
     """
     check(leaves, tensors)
-    return unflatten((leaf.path, _read_leaf(leaf, tensors, on_bytes)) for leaf in leaves)
+
+    def later(leaf: Leaf) -> Later:
+        dtype = DTYPES[tensors[leaf.keys[0]].dtype]
+        return Later(leaf.shape, dtype, lambda: _read_leaf(leaf, tensors, on_bytes))
+
+    return unflatten((leaf.path, later(leaf)) for leaf in leaves)
 
 
 def _read_leaf(leaf: Leaf, tensors: dict[str, Tensor], on_bytes) -> np.ndarray:
     array = np.empty(leaf.shape, DTYPES[tensors[leaf.keys[0]].dtype])
-    layers = array if leaf.stacked else array[None]
-    for layer, key in zip(layers, leaf.keys, strict=True):
+    for layer, key in zip(_layers(array, leaf), leaf.keys, strict=True):
         # Opened anew for each tensor: pages of a mapped file count as ours until it is closed.
         with safe_open(tensors[key].file, "np") as opened:
             source = opened.get_tensor(tensors[key].name)
         layer[...] = rearrange(source, leaf.pattern)
         on_bytes(layer.nbytes)
     return array
+
+
+def _layers(array: np.ndarray, leaf: Leaf) -> np.ndarray:
+    return array if leaf.stacked else array[None]
 
 
 def write_params(
@@ -267,7 +277,7 @@ def write_params(
     """Writes the tree as one safetensors file, through a temporary file beside it.
 
     Args:
-      params: nested dict of numpy arrays or of jax arrays on the CPU.
+      params: nested dict of arrays, or of what is Later; each is read once, in the leaves' order.
       on_bytes: called with the size of every tensor that has been written.
 
     Raises ValueError, naming all, for arrays that are missing, unexpected or wrongly shaped.
@@ -299,14 +309,17 @@ def write_params(
         with partial.open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             for leaf in leaves:
-                array = np.asarray(arrays[leaf.path])
-                for layer in array if leaf.stacked else array[None]:
-                    tensor = np.atleast_1d(rearrange(layer, inverse(leaf.pattern)))
-                    # In parts, since a transposed word embedding is copied to be written.
-                    for rows in np.array_split(tensor, -(-tensor.nbytes // WRITE_BYTES)):
-                        # As bytes, since bfloat16 has no buffer of its own.
-                        out.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
-                    on_bytes(tensor.nbytes)
+                _write_leaf(leaf, np.asarray(arrays[leaf.path]), out, on_bytes)
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _write_leaf(leaf: Leaf, array: np.ndarray, out: BinaryIO, on_bytes) -> None:
+    for layer in _layers(array, leaf):
+        tensor = np.atleast_1d(rearrange(layer, inverse(leaf.pattern)))
+        # In parts, since a transposed word embedding is copied to be written.
+        for rows in np.array_split(tensor, -(-tensor.nbytes // WRITE_BYTES)):
+            # As bytes, since bfloat16 has no buffer of its own.
+            out.write(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
+        on_bytes(tensor.nbytes)

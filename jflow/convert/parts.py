@@ -145,13 +145,15 @@ def enlarge(language: dict, vocab_size: int) -> dict:
     probability it takes from them is about 1 / vocab_size; random rows may take most of it.
 
     Args:
-      language: parameters of a Llama, {"embed_tokens": [V, D], "lm_head": {"kernel": [D, V]}, ...}.
+      language: parameters of a Llama, {"embed_tokens": [V, D], "lm_head": {"kernel": [D, V]}, ...};
+        all others may stay Later.
     """
 
     def extend(array, axis):
         new = vocab_size - array.shape[axis]
         if not new:
             return array
+        array = np.asarray(array)
         mean = array.mean(axis, dtype=np.float32, keepdims=True).astype(array.dtype)
         return np.concatenate([array, np.repeat(mean, new, axis)], axis)
 
