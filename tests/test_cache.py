@@ -15,7 +15,7 @@ from PIL import Image
 from jflow import checkpoints
 from jflow.batch import Batch
 from jflow.config import load
-from jflow.data import encode
+from jflow.data import cache, encode
 from jflow.data.__main__ import main
 from jflow.data.examples import cached_crop
 from jflow.data.pipeline import checkpoint_loader
@@ -23,6 +23,7 @@ from jflow.images import center_crop_square
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.training import objectives
+from jflow.training.lora import FACTORS, LoraConfig
 from jflow.training.objectives import ObjectiveConfig
 from jflow.training.optimizer import SFT
 from tests.test_data_check import BROKEN_IMAGE, GOOD, MISSING_CAPTION, write
@@ -128,7 +129,9 @@ def test_features_are_unused_where_siglip_is_trained_or_repa_is_off(run):
     """Then the pictures are there, cropped as the moments were."""
     config = run[0]
     off = dataclasses.replace(config.objective, repa_weight=0.0)
-    for changes in ({"trainable": SFT}, {"objective": off}):
+    factors = LoraConfig(targets=("janusflow/vision_und_enc_model/",))
+    with_lora = {"trainable": (*config.trainable, FACTORS), "lora": factors}
+    for changes in ({"trainable": SFT}, {"objective": off}, with_lora):
         loader = open_loader(run, **changes)
         images = next(loader.batches())[0].images
         assert images.features is None and images.moments is not None
@@ -196,11 +199,27 @@ def test_a_cache_of_other_pictures_is_refused(run, tiny_ckpt, tmp_path):
 
     loader()  # The same files elsewhere are the same pictures.
     (tmp_path / "2.png").write_bytes(png((1, 1, 1), (48, 32)))
-    with pytest.raises(ValueError, match="was made with another source .*pictures.jsonl line 1"):
+    with pytest.raises(OSError, match="was made when .*pictures.jsonl line 1 had other images"):
         loader()
     write_lines(tmp_path / "pictures.jsonl", RECORDS[:-1])
-    with pytest.raises(ValueError, match="was made with another source"):
+    with pytest.raises(ValueError, match="was made with another number of records, behind .*line"):
         loader()
+
+
+def test_one_other_picture_that_is_not_looked_at_first_is_refused_later(
+    run, tiny_ckpt, tmp_path, monkeypatch
+):
+    """Where it is read to be trained on; a broken record does not end the run, this does."""
+    config, params, models, files = run
+    write(tmp_path, tiny_ckpt, RECORDS)
+    (tmp_path / "2.png").write_bytes(png((1, 1, 1), (48, 32)))
+    monkeypatch.setattr(cache, "_PROBES", 1)
+    opened = encode.open_cache(config, params, models)
+    data = load(tmp_path / "config.py", [f"data.cache={config.data.cache}"]).data
+    loader = checkpoint_loader(data, models, files, opened)
+    with pytest.raises(OSError, match="had other images: write it again"):
+        for _ in itertools.islice(loader.batches(), 10):
+            pass
 
 
 def test_a_missing_or_damaged_cache_is_named(run, tmp_path, capsys):

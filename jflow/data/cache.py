@@ -5,16 +5,19 @@ every epoch; without a cache every epoch crops anew. The VAE's noise is still dr
 `encode` writes it:
 
   cache.json: what it was made with, see `Fingerprint`, and the broken records with their reasons.
-  moments-N.npy: [records, 2, h, w, c] float32 of the N-th source of generation samples.
+  images-N.npy: [records] uint32, `image_checksum` of each of the N-th source of generation samples.
+  moments-N.npy: [records, 2, h, w, c] float32 of them.
   features-N.npy: [records, tokens, D] float32 of SigLIP, where they are cached.
 """
 
+import contextlib
 import dataclasses
 import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +25,7 @@ from jflow.data.examples import CachedImage
 from jflow.data.sources import Source
 
 INFO = "cache.json"
-_PROBES = 16  # records of a source whose images tell it from others
+_PROBES = 16  # records of a source whose images are looked at before the first step
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,19 @@ class Encoders:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a cache depends on. image_size: of the crops in pixels; seed: what they are drawn from;
-    sources: `source_checksum` of each."""
+    """What a cache depends on beside the images. image_size: of the crops in pixels; seed: what
+    they are drawn from."""
 
     encoders: Encoders
     image_size: int
     seed: int
-    sources: tuple[int, ...]
 
 
-def source_checksum(source: Source) -> int:
-    """A number for a source's records: how many there are, and the images of some of them."""
-    checksum = len(source)
-    for index in np.linspace(0, len(source) - 1, min(_PROBES, len(source))).astype(int):
-        try:
-            images = source[int(index)].get("images", [])
-        except (ValueError, FileNotFoundError):
-            images = []  # Broken; its name and number count.
-        for image in [b"%d" % index, *images]:
-            checksum = zlib.crc32(image, checksum)
+def image_checksum(record: dict[str, Any]) -> int:
+    """The crc32 of a record's images."""
+    checksum = 0
+    for image in record.get("images", []):
+        checksum = zlib.crc32(image, checksum)
     return checksum
 
 
@@ -66,8 +63,7 @@ class ImageCache:
 
     Args:
       folder: where `encode` wrote it.
-      fingerprint: the run's own; its sources are compared by `check_sources`, before which they
-        may be empty. Without encoders.siglip, cached features are left unread.
+      fingerprint: the run's own. Without encoders.siglip, cached features are left unread.
     """
 
     def __init__(self, folder: str, fingerprint: Fingerprint):
@@ -82,9 +78,9 @@ class ImageCache:
         with_features = made["siglip"] is not None and wanted["siglip"] is not None
         for name in ("vae", "dtype", "image_size", "seed", *(["siglip"] * with_features)):
             self._compare(name, made[name], wanted[name])
-        self._checksums = made["sources"]
         self._broken = [{int(i): why for i, why in one.items()} for one in info["broken"]]
-        count = len(self._checksums)
+        count = len(self._broken)
+        self._images = [self._open(f"images-{n}.npy") for n in range(count)]
         self._moments = [self._open(f"moments-{n}.npy") for n in range(count)]
         self._features = [self._open(f"features-{n}.npy") for n in range(count) if with_features]
         self.blank = CachedImage(
@@ -101,7 +97,10 @@ class ImageCache:
         try:
             return np.load(self._folder / name, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{self._folder / name} cannot be read: {error}.") from error
+            raise ValueError(
+                f"{self._folder / name} cannot be read ({error}): write the cache again with "
+                f"python -m jflow.data cache."
+            ) from error
 
     def _compare(self, name: str, made: object, wanted: object) -> None:
         if made != wanted:
@@ -111,15 +110,30 @@ class ImageCache:
             )
 
     def check_sources(self, sources: Sequence[Source]) -> None:
-        """Raises ValueError unless these are the sources, in their order, that were cached."""
-        self._compare("number of sources", len(self._checksums), len(sources))
-        for number, source in enumerate(sources):
-            made = self._checksums[number]
-            self._compare(f"source {source.name(0)}", made, source_checksum(source))
+        """Raises ValueError or OSError unless these are the sources, in their order, that were
+        cached, as far as their numbers and some of their records tell."""
+        self._compare("number of sources", len(self._images), len(sources))
+        for which, source in enumerate(sources):
+            count = len(source)
+            named = f"number of records, behind {source.name(0)}"
+            self._compare(named, len(self._images[which]), count)
+            for index in np.linspace(0, count - 1, min(_PROBES, count)).astype(int):
+                # A broken record is counted where it is read to be trained on.
+                with contextlib.suppress(ValueError, FileNotFoundError):
+                    self.image(which, int(index), source[int(index)], source.name(int(index)))
 
-    def image(self, which: int, index: int) -> CachedImage:
-        """Of record `index` of source `which`; ValueError if the record is broken."""
+    def image(self, which: int, index: int, record: dict[str, Any], name: str) -> CachedImage:
+        """Of record `index` of source `which`; name: what to call it.
+
+        Raises ValueError if it is broken, and OSError, since all others may be wrong as well, where
+        its images are not those that were cached.
+        """
         if index in self._broken[which]:
             raise ValueError(self._broken[which][index])
+        if image_checksum(record) != self._images[which][index]:
+            raise OSError(
+                f"The cache {self._folder} was made when {name} had other images: write it again "
+                f"with python -m jflow.data cache, or set data.cache to ''."
+            )
         features = np.array(self._features[which][index]) if self._features else None
         return CachedImage(index, np.array(self._moments[which][index]), features)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from jflow import checkpoints
 from jflow.data import workers
-from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, source_checksum
+from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, image_checksum
 from jflow.data.examples import cached_crop
 from jflow.data.mixture import DataConfig
 from jflow.data.pipeline import check_broken
@@ -42,8 +42,10 @@ def cached_encoders(params: dict, config: TrainConfig) -> set[str]:
         raise ValueError(
             f"{config.init_from} has no VAE, its latents are the pixels: set data.cache to ''."
         )
+    # The kernels that LoRA's factors stand for count: its targets are patterns of the same kind.
+    patterns = (*config.trainable, *(config.lora.targets if config.lora else ()))
     paths = flatten_dict(_siglip(params), sep="/")
-    trained = any(re.match(pattern, path) for pattern in config.trainable for path in paths)
+    trained = any(re.match(pattern, path) for pattern in patterns for path in paths)
     return {"vae"} if trained or not config.objective.repa_weight else {"vae", "siglip"}
 
 
@@ -71,7 +73,7 @@ def open_cache(config: TrainConfig, params: dict, models: dict) -> ImageCache | 
         return None
     size = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip")).siglip.image_size
     encoders = encoders_of(params, config)
-    return ImageCache(config.data.cache, Fingerprint(encoders, size, config.data.seed, ()))
+    return ImageCache(config.data.cache, Fingerprint(encoders, size, config.data.seed))
 
 
 def _checksum(params: dict) -> int:
@@ -121,16 +123,17 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
             _write_source(
                 partial(encode, params),
                 source,
-                {name: folder / f"{name}-{number}.npy" for name in ("moments", "features")},
+                {
+                    name: folder / f"{name}-{number}.npy"
+                    for name in ("images", "moments", "features")
+                },
                 size,
                 config.data,
                 batch,
             )
             for number, source in enumerate(sources)
         ]
-        fingerprint = Fingerprint(
-            encoders, size, config.data.seed, tuple(map(source_checksum, sources))
-        )
+        fingerprint = Fingerprint(encoders, size, config.data.seed)
         named = [
             f"{source.name(i)}: {reason}"
             for source, reasons in zip(sources, broken, strict=True)
@@ -157,15 +160,16 @@ def _write_source(
     with tqdm(total=len(source), unit="crop") as bar:
         for start, crops in _crop_batches(source, size, data, batch):
             pixels = np.zeros((batch, size, size, 3), np.float32)
+            checksums = np.zeros(batch, np.uint32)
             for i, crop in enumerate(crops):
                 if isinstance(crop, str):
                     broken[start + i] = crop
                 else:
-                    pixels[i] = crop[0]
-            for name, values in encode(pixels).items():
+                    pixels[i], checksums[i] = crop
+            for name, values in (encode(pixels) | {"images": checksums}).items():
                 if name not in files:
                     shape = (len(source), *values.shape[1:])
-                    files[name] = np.lib.format.open_memmap(paths[name], "w+", np.float32, shape)
+                    files[name] = np.lib.format.open_memmap(paths[name], "w+", values.dtype, shape)
                 files[name][start : start + len(crops)] = np.asarray(values)[: len(crops)]
             bar.update(len(crops))
     for file in files.values():
@@ -175,8 +179,8 @@ def _write_source(
 
 def _crop_batches(
     source: Source, size: int, data: DataConfig, batch: int
-) -> Iterator[tuple[int, list[np.ndarray | str]]]:
-    """(first record, crops or reasons why there is none), the next batch made meanwhile."""
+) -> Iterator[tuple[int, list[tuple[np.ndarray, int] | str]]]:
+    """(first record, what `_crops` makes), the next batch made meanwhile."""
     pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(data.threads)
     share = -(-batch // (data.workers or data.threads))
 
@@ -193,10 +197,15 @@ def _crop_batches(
             yield start, [crop for future in ready for crop in future.result()]
 
 
-def _crops(source: Source, size: int, seed: int, indices: range) -> list[np.ndarray | str]:
-    def crop(index: int) -> np.ndarray | str:
+def _crops(
+    source: Source, size: int, seed: int, indices: range
+) -> list[tuple[np.ndarray, int] | str]:
+    """Of each record the crop [S, S, 3] and its images' checksum, or why there is none."""
+
+    def crop(index: int) -> tuple[np.ndarray, int] | str:
         try:
-            return cached_crop(source[index], size, seed, index)
+            record = source[index]
+            return cached_crop(record, size, seed, index)[0], image_checksum(record)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
 

@@ -64,9 +64,11 @@ class TaskStream:
         """What a record becomes as the sample of a position; see `example`."""
         fmt = self._formats[which]
         try:
-            record = self.sources[which][index]
+            source, cached = self.sources[which], None
+            record = source[index]
             if self.task == "generation":
-                cached = self._cache.image(which, index) if self._cache else None
+                if self._cache is not None:
+                    cached = self._cache.image(which, index, record, source.name(index))
                 return generation_example(record, fmt, position, cached)
             make = understanding_example if self.task == "understanding" else text_example
             example, limit = make(record, fmt, position), self._config.images_per_row
