@@ -344,6 +344,8 @@ def test_brackets_in_a_folder_are_no_pattern(tmp_path):
     write_lines(folder / "a.jsonl", [{"text": "x"}])
     for path in (folder, folder / "*.jsonl", folder / "a.jsonl"):
         assert open_source("jsonl", str(path))[0] == {"text": "x"}
+    with pytest.raises(ValueError, match=r"a.jsonl has a \*\*: name the folders one by one"):
+        open_source("jsonl", str(tmp_path / "**" / "a.jsonl"))
     # Of a folder that is not there they are one, as ever.
     assert open_source("jsonl", str(tmp_path / "[o-q]hotos*" / "*.jsonl"))[0] == {"text": "x"}
 

@@ -328,6 +328,13 @@ def test_records_that_cannot_be_understood(change, reason):
         understanding_example({"images": [encoded()]} | change, CHAT, 0)
 
 
+def test_a_caption_needs_its_picture():
+    """Text alone would teach to describe what is not seen."""
+    for record in ({"caption": "a cat"}, {"caption": "a cat", "images": []}):
+        with pytest.raises(ValueError, match="it has a caption, but no image"):
+            understanding_example(record, CHAT, 0)
+
+
 def test_records_that_cannot_be_generated():
     for images in ([], [encoded()] * 2):
         with pytest.raises(ValueError, match="images where one is to be generated"):

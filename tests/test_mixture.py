@@ -84,6 +84,11 @@ def test_interleaving_is_exact_and_numbers_each_stream(weights):
         ({"sources": ()}, "a share of generation, but no source"),
         ({"batch_rows": 0}, "batch_rows must be at least 1"),
         ({"broken_check_steps": 0}, "broken_check_steps must be at least 1"),
+        ({"max_seq_len": 0}, "data.max_seq_len must be at least 1"),
+        ({"samples_per_row": 0}, "data.samples_per_row must be at least 1"),
+        ({"crops_per_row": 0}, "data.crops_per_row must be at least 1"),
+        ({"threads": 0}, "data.threads must be at least 1"),
+        ({"workers": -1}, "data.workers must be at least 0"),
     ],
 )
 def test_configs_without_sense(change, reason):

@@ -276,6 +276,20 @@ def test_every_process_names_the_same_broken_records(damaged):
     assert [bool(step) for step in seen[0]].count(True) == 4 and len(whole) > 6
 
 
+def test_processes_with_the_same_rows_name_a_broken_record_once(damaged):
+    """Where mesh.tensor joins two of them: same share, same text."""
+    found = loader(damaged).batches(gather=lambda text: [text, text])
+    for (_, stats), (_, want) in zip(itertools.islice(found, 3), take(damaged, 3), strict=True):
+        assert stats == want
+
+
+def test_the_last_step_is_looked_at_too(damaged):
+    damaged = dataclasses.replace(damaged, broken_check_steps=100)
+    found = itertools.islice(loader(damaged).batches(2, last=5), 6)
+    named = [bool(stats.broken) for _, stats in found]
+    assert named == [True, False, False, True, False, False]
+
+
 def test_beyond_the_share_the_run_stops_with_the_list(damaged):
     with pytest.raises(ValueError, match="(?s)max_broken_share 0.20% allows.*line 2[34]: it"):
         take(dataclasses.replace(damaged, max_broken_share=0.002), 10)

@@ -213,6 +213,8 @@ def _messages(record: dict[str, Any], rng: np.random.Generator) -> list[Message]
         messages = [Message("User", question), Message("Assistant", _text(record, "answer"))]
     else:
         caption = _choose(record, rng)
+        if not record.get("images"):
+            raise ValueError("it has a caption, but no image")
         messages = [Message("User", CAPTION_QUESTION), Message("Assistant", caption)]
     roles = [message.role for message in messages]
     if not messages or roles != ["User", "Assistant"] * (len(messages) // 2):

@@ -109,9 +109,13 @@ class DataConfig:
         return self.samples_per_row + 1
 
     def __post_init__(self):
-        for name in ("batch_rows", "broken_check_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        least = dict.fromkeys(("images_per_row", "prefetch", "workers"), 0) | dict.fromkeys(
+            ("batch_rows", "max_seq_len", "crops_per_row", "samples_per_row")
+            + ("broken_check_steps", "threads"), 1
+        )  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"data.{name} must be at least {low}, not {getattr(self, name)}.")
         for name in ("drop_prompt", "max_broken_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)}.")
@@ -183,7 +187,7 @@ def part_sizes(config: DataConfig, step: int, row_multiple: int) -> tuple[int, i
     """Rows of a batch's TextRows and ImageRows, the same at all steps of a phase.
 
     Where a share of the batch is no whole number, or no multiple of row_multiple, the last rows
-    are empty. Raises ValueError where most of them would be.
+    are empty: the log's share of padding counts them. Raises ValueError for more parts than rows.
     """
     if row_multiple > config.batch_rows:
         raise ValueError(

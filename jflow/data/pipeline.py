@@ -160,13 +160,17 @@ class Loader:
         return found[0], found[1]
 
     def batches(
-        self, step: int = 0, gather: Callable[[str], list[str]] | None = None
+        self,
+        step: int = 0,
+        gather: Callable[[str], list[str]] | None = None,
+        last: int | None = None,
     ) -> Iterator[tuple[Batch, BatchStats]]:
         """The batches of `step` and all that follow, made ahead of time.
 
-        gather: gives every process's text to every process, at the same step on all of them;
-        None for JAX's own collectives. Raises ValueError with the list of broken records once
-        they are more than the configured share: on all processes at the same step.
+        gather: gives every process's text to every process, at the same step on all of them; None
+        for JAX's own collectives. last: a step at which broken records are looked at too. Raises
+        ValueError with the list of broken records once they are more than the configured share: on
+        all processes at the same step.
         """
         config, gather = self._config, gather or gather_texts
         pieces = self._in_processes(step) if config.workers else self._in_threads(step)
@@ -177,11 +181,13 @@ class Loader:
             new += [reason for piece in found for reason in piece.broken]
             samples += sum(piece.samples for piece in found)
             reported = []
-            if (now - step) % config.broken_check_steps == 0:
-                texts = [json.loads(text) for text in gather(json.dumps([samples, new]))]
-                reported, new = [reason for _, part in texts for reason in part], []
+            if (now - step) % config.broken_check_steps == 0 or now == last:
+                texts = gather(json.dumps([self._process[0], [samples, new]]))
+                # Processes that have the same share, on one mesh row, say the same.
+                shares = dict(json.loads(text) for text in texts).values()
+                reported, new = [reason for _, part in shares for reason in part], []
                 broken += reported
-                check_broken(broken, sum(n for n, _ in texts), config.max_broken_share)
+                check_broken(broken, sum(n for n, _ in shares), config.max_broken_share)
             batch, padding = self._assemble(now, rows)
             left_out = sum(piece.left_out for piece in found)
             read = sum(piece.samples for piece in found)

@@ -300,6 +300,8 @@ def _find_files(path: str, suffix: str) -> list[epath.Path]:
     """The files of a path, folder or pattern, sorted; one that is empty or missing is refused."""
     try:
         place = epath.Path(path)
+        if "**" in path:
+            raise ValueError(f"{path} has a **: name the folders one by one, with * in each.")
         if "*" in path:
             files = _glob(place.parent, place.name)
         elif place.is_dir():
