@@ -65,26 +65,30 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
             unroll=config.unroll,
         ),
         vae=AutoencoderKL(VAEConfig.from_hf(vae), dtype=dtype) if vae else None,
-        repa=repa.RepaHead(model.siglip.width, config.repa_hidden_size, precision),
+        repa=repa.RepaHead(model.siglip.width, config.repa_hidden_size, precision)
+        if config.objective.repa_weight
+        else None,
         lora=config.lora,
     )
 
 
 def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.TrainState:
-    """The state before the first step; the REPA head is new unless the checkpoint has one.
+    """The state before the first step; where there is REPA, its head is new unless the checkpoint
+    has one.
 
     Raises ValueError in one sentence for a head of another width than the config's.
     """
-    if "repa" not in params:
-        width = modules.model.config.language.hidden_size
-        key = jax.random.key(config.seed)
-        params = params | {"repa": repa.init_params(modules.repa, width, key)}
-    there, wanted = params["repa"]["linear_1"]["kernel"].shape[-1], modules.repa.hidden_size
-    if there != wanted:
-        raise ValueError(
-            f"The REPA head in {config.init_from} has hidden size {there}: set repa_hidden_size to "
-            f"it, not {wanted}."
-        )
+    if modules.repa is not None:
+        if "repa" not in params:
+            width = modules.model.config.language.hidden_size
+            key = jax.random.key(config.seed)
+            params = params | {"repa": repa.init_params(modules.repa, width, key)}
+        there, wanted = params["repa"]["linear_1"]["kernel"].shape[-1], modules.repa.hidden_size
+        if there != wanted:
+            raise ValueError(
+                f"The REPA head in {config.init_from} has hidden size {there}: set "
+                f"repa_hidden_size to it, not {wanted}."
+            )
     params = lora.init(params, config.lora, config.trainable, config.seed)
     return state.init(params, config.trainable, adamw(config.optimizer))
 
@@ -218,7 +222,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
     log = Log(folder, step, config.wandb, to_dict(config)) if first else NoLog()
     bar = tqdm(initial=step, total=config.steps, unit="step", disable=not first)
     position = step + int(now.data_offset)  # in the data, of the next batch
-    batches = loader.batches(position)
+    batches = loader.batches(position, last=config.steps - 1 + int(now.data_offset))
     skipped_in_row, rewinds, last = int(now.skipped_in_row), 0, step >= config.steps
     with jax.set_mesh(mesh), closing(saved), closing(log), bar:
         if config.samples.every and step == 0:
@@ -322,8 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         if not out_of_memory(error):
             raise
         print(
-            "train.py: out of memory; raise optimizer.accumulate, set remat=full, or lower "
-            "data.batch_rows, then give the same command again.",
+            "train.py: out of memory; raise optimizer.accumulate, lower objective.ar_chunk or set "
+            "remat=full, and give the same command again, or lower data.batch_rows in a new --run.",
             file=sys.stderr,
         )
         return 2

@@ -167,7 +167,7 @@ def test_a_checkpoint_of_another_config(command, cheap, capsys):
     assert train.main([*command, "steps=1"]) == 0
     assert train.main([*command, "seed=1", "data.seed=3"]) == 2
     said = capsys.readouterr().err
-    assert "was trained with another data, seed: use another --run folder" in said
+    assert "was trained with another data.seed, seed: use another --run folder" in said
 
 
 @pytest.mark.parametrize(

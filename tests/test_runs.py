@@ -15,6 +15,7 @@ from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig
 from jflow.training import runs
 from jflow.training import state as states
 from jflow.training.config import TrainConfig
+from jflow.training.objectives import ObjectiveConfig
 from jflow.training.optimizer import OptimizerConfig
 from jflow.training.state import Guard
 
@@ -82,6 +83,16 @@ def test_the_last_ones_and_the_best_are_kept(opened, tmp_path, keep_best, kept):
         saved.close()
         assert runs.steps(tmp_path / "run")[0] == step  # The newest is never the one to go.
     assert runs.steps(tmp_path / "run") == kept
+
+
+def test_the_best_is_one_of_the_present_mixture(opened, tmp_path):
+    """Before the answers joined in, the loss was lower, and they were not known."""
+    losses = {1: (0, 0.1), 2: (1, 0.8), 3: (1, 0.9), 4: (1, 0.85)}
+    for step, (mixture, loss) in losses.items():
+        saved, one = opened(keep=1), state(step, loss)
+        saved.save(one.replace(guard=one.guard.replace(mixture=jnp.int32(mixture))))
+        saved.close()
+    assert runs.steps(tmp_path / "run") == [4, 2]
 
 
 def test_a_step_before_the_first_good_one_is_never_the_best(opened, tmp_path):
@@ -235,14 +246,16 @@ def test_another_config_is_refused_but_for_what_does_not_matter(opened):
         {"save_every": 3, "keep": 9},
         {"wandb": "x", "rewind_after": 2},
         {"data": data, "remat": "none", "unroll": 2},
-        {"optimizer": OptimizerConfig(accumulate=4)},
+        {"optimizer": OptimizerConfig(accumulate=4), "objective": ObjectiveConfig(ar_chunk=64)},
     ):
         equal(opened(**free).restore(state(0)), state(2))
     with pytest.raises(
         ValueError, match="trained with another repa_hidden_size, seed: use another"
     ):
         opened(seed=1, repa_hidden_size=3).restore(state(0))
-    with pytest.raises(ValueError, match="trained with another data, optimizer: use another"):
+    with pytest.raises(
+        ValueError, match=r"another data.batch_rows, optimizer.learning_rate: use another"
+    ):
         data = dataclasses.replace(CONFIG.data, batch_rows=3)
         opened(data=data, optimizer=OptimizerConfig(learning_rate=1.0)).restore(state(0))
 

@@ -291,4 +291,4 @@ def test_bad_configs_are_one_sentence(command, tmp_path, more, message, capsys):
 
 def test_a_run_of_another_config_is_not_continued(command, uninterrupted, capsys):
     assert train.main([*command, "--run", str(uninterrupted), "seed=1", "data.seed=3"]) == 2
-    assert "trained with another data, seed" in capsys.readouterr().err
+    assert "trained with another data.seed, seed" in capsys.readouterr().err

@@ -5,7 +5,6 @@ ones, with the rest of the training state beside them. RUN/metrics.jsonl and RUN
 log, RUN/train.json the config, RUN/samples what was drawn on the way.
 """
 
-import copy
 import json
 import re
 import sys
@@ -43,6 +42,8 @@ FREE_FIELDS = (
     "remat",
     "unroll",
     "optimizer.accumulate",
+    "objective.ar_chunk",
+    "objective.time_bins",
     "data.threads",
     "data.prefetch",
     "data.workers",
@@ -146,14 +147,16 @@ class Checkpoints:
                 f"learning rate."
             )
         # The guard's level, a mean over the last 100 steps; None before the first one.
-        self._losses[step] = float(np.asarray(state.guard.mean)[0]) if state.guard.count else None
+        level = float(np.asarray(state.guard.mean)[0]) if state.guard.count else None
+        self._losses[step] = level, int(state.guard.mixture)
         self._writer.save(
             target,
             lora.merge(merge(state.ema, state.frozen), self._config.lora),
             self._models
             | {
                 "train": to_dict(self._config),
-                "loss": self._losses[step],
+                "loss": level,
+                "mixture": int(state.guard.mixture),
                 "records": self._records,
             },
             self._files,
@@ -176,11 +179,14 @@ class Checkpoints:
             checkpoints.remove_checkpoint(folder(self._run, one))
 
     def best(self, among: list[int]) -> int:
-        """The step of the lowest smoothed training loss, the later one of equals."""
+        """The step of the lowest smoothed training loss, the later one of equals; of those that had
+        the last one's mixture, as other tasks have other losses."""
+        unknown = None, None
+        _, now = self._losses.get(max(among), unknown)
 
         def order(step):
-            loss = self._losses.get(step)
-            return loss is None, loss, -step
+            loss, mixture = self._losses.get(step, unknown)
+            return mixture != now, loss is None, loss, -step
 
         return min(among, key=order)
 
@@ -226,7 +232,7 @@ class Checkpoints:
     def _read(self, path: Path, like: TrainState) -> TrainState:
         ours, _ = checkpoints.read_metadata(path)
         now, then = (_fixed(config) for config in (to_dict(self._config), ours["train"]))
-        changed = [name for name in now if now[name] != then.get(name)]
+        changed = [name for name in now | then if now.get(name) != then.get(name)]
         if changed:
             raise ValueError(
                 f"{path} was trained with another {', '.join(changed)}: use another --run folder, "
@@ -262,12 +268,10 @@ class Checkpoints:
 
 
 def _fixed(config: dict) -> dict:
-    """A config as `to_dict` gives it, without FREE_FIELDS."""
-    config = copy.deepcopy(config)
-    for name in FREE_FIELDS:
-        group, _, field = name.rpartition(".")
-        (config.get(group, {}) if group else config).pop(field, None)
-    return config
+    """{"group.field": value} of a config as `to_dict` gives it, without FREE_FIELDS."""
+    fields = flatten_dict(config, sep=".")
+    free = tuple(f"{name}." for name in FREE_FIELDS)
+    return {name: value for name, value in fields.items() if not f"{name}.".startswith(free)}
 
 
 def _compare(records: dict[str, int]) -> None:
@@ -297,9 +301,11 @@ def _prepare(run: Path) -> None:
     remove_unfinished(run)
 
 
-def _loss(path: Path) -> float | None:
-    """The smoothed training loss that a checkpoint was saved with, None for a damaged one."""
+def _loss(path: Path) -> tuple[float | None, int | None]:
+    """The smoothed training loss that a checkpoint was saved with, and the number of the mixture
+    that it is of; None for a damaged one."""
     try:
-        return checkpoints.read_metadata(path)[0]["loss"]
+        saved = checkpoints.read_metadata(path)[0]
     except checkpoints.DamagedError:
-        return None
+        return None, None
+    return saved["loss"], saved.get("mixture")

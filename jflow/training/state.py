@@ -101,10 +101,11 @@ def is_finite(state: TrainState) -> jax.Array:
 
 
 def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> dict:
-    """decay * ema + (1 - decay) * params, at each `every`-th step only.
+    """decay * ema + (1 - decay) * params, at each `every`-th step, and at all before the first.
 
     The n-th of these has (1 + n) / (10 + n) for a larger decay: stage 1 has but 100 of them, whose
-    average would be a third of what parameters were at random.
+    average would be a third of what parameters were at random. Before them n is 0, and the average
+    keeps up with the parameters: a short run has learned something too.
 
     Args:
       step: how many batches the params have seen, this one included.
@@ -115,7 +116,8 @@ def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> d
     def average(old, new):
         return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
-    return jax.lax.cond(step % config.every == 0, average, lambda old, new: old, ema, params)
+    due = (step % config.every == 0) | (step < config.every)
+    return jax.lax.cond(due, average, lambda old, new: old, ema, params)
 
 
 def watch(
