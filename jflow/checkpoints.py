@@ -72,10 +72,12 @@ def require_local(path: str | Path) -> None:
 
 
 def require_new(path: str | Path) -> None:
-    """Raises FileExistsError for a path that is taken, ValueError for one that is not local; an
-    empty folder is fine."""
+    """Raises FileExistsError for a path that is taken, ValueError for one that is not local or that
+    no folder can be moved to; an empty folder is fine."""
     require_local(path)
     path = Path(path)
+    if path.is_mount():
+        raise ValueError(f"{path} is where a disk is mounted: name a new folder inside of it.")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already: choose another folder or delete it.")
 
@@ -107,11 +109,20 @@ def save_checkpoint(
       config, files: see the module; both must be expressible in JSON.
       state: any tree of arrays, None for none.
 
-    Raises FileExistsError for a path that is taken.
+    Raises FileExistsError for a path that is taken, OSError for one that cannot be written.
     """
-    with new_folder(path) as folder, _checkpointer() as checkpointer:
-        checkpointer.save(folder, items(params, config, files, state))
-        write_checksums(folder)
+    with new_folder(path) as folder:
+        try:
+            with _checkpointer() as checkpointer:
+                checkpointer.save(folder, items(params, config, files, state))
+            write_checksums(folder)
+        except MemoryError:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types for a full disk.
+            raise OSError(
+                f"{path} cannot be written: make room, or choose another folder. "
+                f"({first_cause(error)})"
+            ) from error
 
 
 def items(params: dict, config: dict, files: dict[str, str], state: Any) -> ocp.args.Composite:
@@ -147,11 +158,7 @@ def load_checkpoint(
 
     Raises FileNotFoundError or ValueError in one sentence for what is no whole checkpoint.
     """
-    folder = find_checkpoint(path)
-    config, files = read_metadata(folder)
-    with _checkpointer() as checkpointer, _reported_as_damage(folder):
-        _verify(folder)
-        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+    folder, shapes, config, files = _opened(path)
     if callable(sharding):
         sharding = sharding(shapes)
     elif not isinstance(sharding, dict):
@@ -166,13 +173,9 @@ def load_checkpoint(
 
 
 def open_checkpoint(path: str | Path) -> tuple[dict, dict, dict[str, str]]:
-    """`load_checkpoint` with parameters that are Later: memory holds a group of GROUP_BYTES, or
-    one array that is larger, where they are read in the order of their tree."""
-    folder = find_checkpoint(path)
-    config, files = read_metadata(folder)
-    with _checkpointer() as checkpointer, _reported_as_damage(folder):
-        _verify(folder)
-        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+    """`load_checkpoint` with parameters that are Later: memory holds a group of GROUP_BYTES and the
+    array that begins it, where they are read in the order of their tree."""
+    folder, shapes, config, files = _opened(path)
     restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
     groups, restored = _groups(shapes), {}
 
@@ -190,6 +193,16 @@ def open_checkpoint(path: str | Path) -> tuple[dict, dict, dict[str, str]]:
         for i, leaf in enumerate(leaves)
     ]
     return structure.unflatten(later), config, files
+
+
+def _opened(path: str | Path) -> tuple[Path, dict, dict, dict[str, str]]:
+    """(folder, shapes of the parameters, config, files) of a checkpoint whose files are whole."""
+    folder = find_checkpoint(path)
+    config, files = read_metadata(folder)
+    with _checkpointer() as checkpointer, _reported_as_damage(folder):
+        _verify(folder)
+        shapes = checkpointer.metadata(folder).item_metadata.params.tree
+    return folder, shapes, config, files
 
 
 def _groups(arrays: Any) -> np.ndarray:

@@ -197,6 +197,36 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_problems_of_both_models_are_listed(tmp_path, capsys):
+    source, vae = shutil.copytree(TINY, tmp_path / "src"), shutil.copytree(VAE, tmp_path / "vae")
+    for folder, key in ((source, "lost"), (vae, "stray")):
+        file = next(folder.glob("*.safetensors"))
+        save_file(load_file(file) | {key: np.zeros(1, np.float32)}, file)
+    arguments = ["from-hf", str(source), "--vae", str(vae), "--out", str(tmp_path / "ckpt")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "unexpected: lost" in error and "unexpected: stray" in error
+
+
+def test_weights_that_nothing_runs_with_are_said_to_be(tmp_path, capsys):
+    source = shutil.copytree(TINY, tmp_path / "src")
+    (source / "tokenizer.json").unlink()
+    assert main(["from-hf", str(source), "--out", str(tmp_path / "ckpt")]) == 0
+    assert "nothing will run with" in (said := capsys.readouterr().err)
+    assert "holds no tokenizer.json" in said
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):
+    async def full(*args):
+        raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+    monkeypatch.setattr(checkpoints._LaterHandler, "_write", full)
+    assert main(["from-hf", str(TINY), "--out", str(tmp_path / "ckpt")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "ckpt cannot be written: make room" in error and "No space left" in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     ckpt = tmp_path / "ckpt"
     assert main(["from-hf", str(TINY), "--out", str(ckpt)]) == 0

@@ -131,6 +131,20 @@ def test_other_files_beside_the_usual_name_are_left_alone(tmp_path):
     assert list(find_tensors(tmp_path)) == ["a"]
 
 
+def test_one_whole_file_comes_before_an_index_and_its_name_decides(tmp_path):
+    """As transformers chooses: a model saved again leaves its former shards behind."""
+    index = json.dumps({"weight_map": {"b": "b.safetensors"}})
+    for name in ("model.fp16", "other"):
+        (tmp_path / f"{name}.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="several indices, model.fp16.safetensors.index.json, oth"):
+        find_tensors(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    save_file({"b": np.zeros(1, np.float32)}, tmp_path / "b.safetensors")
+    assert list(find_tensors(tmp_path)) == ["b"]
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+    assert list(find_tensors(tmp_path)) == ["a"]
+
+
 def test_writing_refuses_other_parameters(tmp_path):
     tree, _ = toy(2, 1, 3, np.float32)
     leaves = plan(RULES, tree)

@@ -119,11 +119,22 @@ def read_config(folder: Path) -> tuple[dict, dict[str, str]]:
 
 @contextmanager
 def open_models(sources: list[tuple[str, dict[str, Tensor], list[Leaf]]]) -> Iterator[dict]:
-    """{name: params} of (name, tensors, leaves), to be read in the block, under a progress bar."""
+    """{name: params} of (name, tensors, leaves), to be read in the block, under a progress bar.
+
+    Raises one ValueError with all that is wrong in any of them.
+    """
+    params, problems = {}, []
     opened = {tensor.file for _, tensors, _ in sources for tensor in tensors.values()}
     total = sum(file.stat().st_size for file in opened)
     with tqdm(total=total, desc="converting", unit="B", unit_scale=True) as bar:
-        yield {name: open_params(leaves, found, bar.update) for name, found, leaves in sources}
+        for name, found, leaves in sources:
+            try:
+                params[name] = open_params(leaves, found, bar.update)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        yield params
 
 
 def open_vae(source: str) -> tuple[dict, str, tuple[str, dict[str, Tensor], list[Leaf]]]:
@@ -147,11 +158,19 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
     released, files = read_config(folder)
     siglip = json.loads(files[SIGLIP]) if SIGLIP in files else None
     config = {"janusflow": released, "siglip": siglip}
-    leaves = janusflow_leaves(JanusFlowConfig.from_hf(released, siglip))
-    sources = [("janusflow", find_tensors(folder), leaves)]
+    model, vae_module = JanusFlowConfig.from_hf(released, siglip), None
+    sources = [("janusflow", find_tensors(folder), janusflow_leaves(model))]
     if vae_source is not None:
         config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
+        vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
         sources.append(vae)
+    try:
+        check_parts(
+            model, vae_module, Tokenizer.from_files(files), ImageProcessor.from_files(files)
+        )
+    except ValueError as error:
+        # Weights alone are worth having, too.
+        print(f"jflow.convert: nothing will run with {out}. {error}", file=sys.stderr)
     with open_models(sources) as params:
         checkpoints.save_checkpoint(out, params, config, files)
 

@@ -153,11 +153,12 @@ def plan(rules: Sequence[Rule], abstract_params: dict) -> list[Leaf]:
 def find_tensors(folder: Path, renames: Sequence[tuple[str, str]] = ()) -> dict[str, Tensor]:
     """Every tensor of a folder by key, from the headers alone.
 
-    Reads the shards of a *.safetensors.index.json, else the file of the usual name, else all
-    *.safetensors. `renames` are (older part of a key, newer part).
+    Reads the file of the usual name, else the shards of the one *.safetensors.index.json (of
+    several, that of the usual name), else all *.safetensors. `renames` are (older part of a key,
+    newer part).
 
     Raises FileNotFoundError or ValueError for a folder without tensors, a shard that is missing,
-    a damaged file, and a key that occurs twice.
+    a damaged file, several indices, and a key that occurs twice.
     """
     tensors: dict[str, Tensor] = {}
     for file in _tensor_files(folder):
@@ -182,18 +183,21 @@ def find_tensors(folder: Path, renames: Sequence[tuple[str, str]] = ()) -> dict[
 
 
 def _tensor_files(folder: Path) -> list[Path]:
+    # stabilityai/sdxl-vae keeps the same weights under other names in a second file.
+    usual = [folder / "model.safetensors", folder / "diffusion_pytorch_model.safetensors"]
+    files = [file for file in usual if file.is_file()][:1]
     indices = sorted(folder.glob("*.safetensors.index.json"))
-    if indices:
+    indices = [i for i in indices if i.with_suffix("").with_suffix("") in usual] or indices
+    if indices and not files:
+        if len(indices) > 1:
+            names = ", ".join(index.name for index in indices)
+            raise ValueError(f"{folder} has several indices, {names}: leave one of them.")
         try:
             shards = set(json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{indices[0]} has no weight_map: download it again.") from error
         files = [folder / name for name in sorted(shards)]
-    else:
-        # stabilityai/sdxl-vae keeps the same weights under other names in a second file.
-        usual = [folder / "model.safetensors", folder / "diffusion_pytorch_model.safetensors"]
-        files = [file for file in usual if file.is_file()][:1]
-        files = files or sorted(folder.glob("*.safetensors"))
+    files = files or sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(
             f"There are no *.safetensors files in {folder}: where there are others (*.bin), load "

@@ -53,7 +53,7 @@ class LlamaConfig:
     @classmethod
     def from_hf(cls, config: dict) -> "LlamaConfig":
         """Reads a Hugging Face config; raises ValueError for what this decoder cannot express."""
-        config = dict(config) | config.get("rope_parameters", {})
+        config = dict(config) | (config.get("rope_parameters") or {})
         unsupported = {
             "hidden_act": ("silu", None),
             "attention_bias": (False, None),
