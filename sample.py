@@ -12,13 +12,15 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from PIL import Image
 from tqdm import tqdm
 
 from jflow import checkpoints, distributed, images
@@ -175,10 +177,44 @@ def image_options(args: argparse.Namespace) -> ImageOptions:
     )
 
 
-def draw(args: argparse.Namespace, options: ImageOptions, pipeline: Pipeline) -> int:
+def prepare(args: argparse.Namespace) -> Callable[[Pipeline], int]:
+    """What is asked for, as a function that returns how many of it there were.
+
+    Files are read and options checked here, before minutes go by in loading a checkpoint. Raises
+    ValueError or OSError in one sentence.
+    """
+    out = Path(args.out)
+    if args.prompt or args.prompts:
+        options = image_options(args)
+        options.grid()
+        if args.num < 1:
+            raise ValueError(f"--num must be at least 1, not {args.num}.")
+        texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
+        init_image = images.load_image(args.init_image) if args.init_image else None
+        require_writable(out)
+        return partial(draw, args, options, texts, init_image)
+    answering = AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    if args.questions:
+        require_writable(out.parent if out.suffix == ".jsonl" else out)
+        return partial(answer_file, args, answering, read_lines(args.questions))
+    return partial(converse, args, answering, tuple(map(images.load_image, args.image)))
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ValueError where a folder, which need not be there yet, could not be written into."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--out: {there} is no folder that can be written into, choose another.")
+
+
+def draw(
+    args: argparse.Namespace,
+    options: ImageOptions,
+    texts: list[str],
+    init_image: Image.Image | None,
+    pipeline: Pipeline,
+) -> int:
     """Writes one PNG an image, and a grid of the first prompts' rows; returns how many images."""
-    texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
-    init_image = images.load_image(args.init_image) if args.init_image else None
     first = distributed.is_first()
     settings = {name: str(value) for name, value in vars(options).items()}
     settings |= {"dtype": pipeline.model.precision.compute.name, "raw": str(args.raw)}
@@ -206,13 +242,13 @@ def draw(args: argparse.Namespace, options: ImageOptions, pipeline: Pipeline) ->
     return total
 
 
-def answer_options(args: argparse.Namespace) -> AnswerOptions:
-    return AnswerOptions(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-
-
-def converse(args: argparse.Namespace, options: AnswerOptions, pipeline: Pipeline) -> int:
+def converse(
+    args: argparse.Namespace,
+    options: AnswerOptions,
+    pictures: tuple[Image.Image, ...],
+    pipeline: Pipeline,
+) -> int:
     """Asks the questions one after the other about the images; returns how many."""
-    pictures = tuple(images.load_image(path) for path in args.image)
     messages: tuple[Message, ...] = ()
     for turn, text in enumerate(args.question):
         asked = user_question(text, len(pictures)) if turn == 0 else text
@@ -239,13 +275,13 @@ class Asked:
     files: tuple[Path, ...]
 
 
-def read_questions(path: str, pipeline: Pipeline) -> Iterator[Asked]:
-    """All lines of a JSONL file; names of image files are relative to it.
+def read_questions(path: str, lines: dict[int, str], pipeline: Pipeline) -> Iterator[Asked]:
+    """All lines of a JSONL file, by their numbers; names of image files are relative to it.
 
     Raises ValueError or OSError in one sentence that names the line, for whatever can be told
     without decoding images.
     """
-    for number, line in read_lines(path).items():
+    for number, line in lines.items():
         try:
             record = json.loads(line)
             text, files = record["question"], record.get("images", record.get("image")) or []
@@ -266,36 +302,41 @@ def read_questions(path: str, pipeline: Pipeline) -> Iterator[Asked]:
         yield Asked(record, messages, files)
 
 
-def answer_file(args: argparse.Namespace, options: AnswerOptions, pipeline: Pipeline) -> int:
+def answer_file(
+    args: argparse.Namespace, options: AnswerOptions, lines: dict[int, str], pipeline: Pipeline
+) -> int:
     """Answers every line of --questions into a JSONL file; returns how many.
 
     Where it fails, the answers up to there are in the file's .tmp.
     """
-    asked = list(read_questions(args.questions, pipeline))
+    asked = list(read_questions(args.questions, lines, pipeline))
     out = Path(args.out if args.out.endswith(".jsonl") else f"{args.out}/answers.jsonl")
     out.parent.mkdir(parents=True, exist_ok=True)
     first = distributed.is_first()
-    partial, written = out.with_name(out.name + ".tmp"), 0
-    starts = range(0, len(asked), args.batch_size)
+    unfinished, written = out.with_name(out.name + ".tmp"), 0
+    size = min(args.batch_size, len(asked))
+    starts = range(0, len(asked), size)
     try:
         # JSON may hold halves of surrogate pairs, and escapes of them are JSON again.
-        place = partial if first else os.devnull
+        place = unfinished if first else os.devnull
         with open(place, "w", encoding="utf-8", errors="backslashreplace") as file:
             for start in tqdm(starts, desc="answering", disable=not first):
-                batch = asked[start : start + args.batch_size]
+                batch = asked[start : start + size]
                 questions = [
                     Question(one.messages, tuple(map(images.load_image, one.files)), start + i)
                     for i, one in enumerate(batch)
                 ]
+                # The last batch is filled up, so that it runs the same program.
+                questions += questions[-1:] * (size - len(batch))
                 *_, answers = pipeline.answer(questions, options)
-                for one, answer in zip(batch, answers, strict=True):
+                for one, answer in zip(batch, answers[: len(batch)], strict=True):
                     file.write(json.dumps(one.record | {"answer": answer}, ensure_ascii=False))
                     file.write("\n")
                 written += len(batch)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{error} The {written} answers before it are in {partial}.") from error
+        raise ValueError(f"{error} The {written} answers before it are in {unfinished}.") from error
     if first:
-        os.replace(partial, out)
+        os.replace(unfinished, out)
     say(f"{written} answers in {out}")
     return written
 
@@ -307,17 +348,17 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
         # GPUs and TPUs would otherwise multiply float32 in fewer bits.
         jax.config.update("jax_default_matmul_precision", "highest")
     began = time.perf_counter()
-    # The step of a run that is read, and named in the pictures, is one and the same.
-    args.ckpt = str(checkpoints.find_checkpoint(args.ckpt))
-    work = draw if args.prompt or args.prompts else answer_file if args.questions else converse
-    options = image_options(args) if work is draw else answer_options(args)
+    work = prepare(args)
+    # The step of a run that is read, and named in the pictures, is one and the same, also where a
+    # host sees the latest one later than another.
+    args.ckpt = distributed.gather_texts(str(checkpoints.find_checkpoint(args.ckpt)))[0]
     mesh = mesh_of(args.mesh)
     # A GPU would copy each layer's weights out of the stack, in every step.
-    scan = work is draw and jax.default_backend() != "gpu"
+    scan = bool(args.prompt or args.prompts) and jax.default_backend() != "gpu"
     load = runs.load_raw if args.raw else checkpoints.load_checkpoint
     pipeline = Pipeline.from_checkpoint(args.ckpt, dtype, scan_layers=scan, mesh=mesh, load=load)
     loaded, before = time.perf_counter(), replace(stats)
-    count = work(args, options, pipeline)
+    count = work(pipeline)
     compiling = stats.seconds - before.seconds
     running = time.perf_counter() - loaded - compiling
     say(

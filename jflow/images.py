@@ -71,11 +71,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         # PIL would cut 16 bits off at 255 instead of scaling them.
         values = np.nan_to_num(np.asarray(image, np.float64), nan=0, posinf=0, neginf=0)
-        if image.mode != "F" or values.max() > 255:
-            values = values * (255 / 65535)
-        elif values.max() <= 1:
-            values = values * 255
-        image = Image.fromarray(np.clip(np.round(values), 0, 255).astype(np.uint8))
+        top = 65535
+        if image.mode in ("I", "F"):  # Of any range, of which some exceed it a little.
+            highest = values.max()
+            top = 1 if image.mode == "F" and highest <= 2 else 255 if highest <= 512 else top
+        image = Image.fromarray(np.clip(np.round(values * (255 / top)), 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -71,6 +71,10 @@ keep() {
         options+=("$1")
         shift
     done
+    if [ $# -lt 2 ]; then
+        echo "tpu.sh: give train.py's arguments behind a --: keep [--spot] -- --config ..." >&2
+        return 2
+    fi
     shift
     while true; do
         case $(state) in

@@ -211,12 +211,19 @@ def test_sixteen_bits_are_scaled(tmp_path):
         assert np.all(got == got[..., :1])
 
 
-@pytest.mark.parametrize("top", [1, 255, 65535])
-def test_float_files_are_scaled_by_their_range(tmp_path, top):
-    levels = np.linspace(0, top, 64, dtype=np.float32)
+def test_whole_numbers_of_32_bits_may_be_of_8(tmp_path):
+    levels = np.arange(256, dtype=np.int32)[None]
+    Image.fromarray(levels).save(tmp_path / "a.tif")
+    np.testing.assert_array_equal(loaded(tmp_path / "a.tif")[..., 0], levels)
+
+
+@pytest.mark.parametrize("highest, top", [(1, 1), (1.2, 1), (255, 255), (256, 255), (65535, 65535)])
+def test_float_files_are_scaled_by_their_range(tmp_path, highest, top):
+    """Of which a filter may have gone beyond a little."""
+    levels = np.linspace(0, highest, 64, dtype=np.float32)
     Image.fromarray(np.append(levels, np.nan)[None].astype(np.float32)).save(tmp_path / "a.tif")
     got = loaded(tmp_path / "a.tif")[0, :, 0]
-    assert np.abs(got[:-1] - levels / top * 255).max() <= 0.5 + 1e-3
+    assert np.abs(got[:-1] - np.minimum(levels / top, 1) * 255).max() <= 0.5 + 1e-3
     assert got[-1] == 0
 
 

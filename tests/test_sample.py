@@ -12,6 +12,7 @@ from PIL import Image
 
 import sample
 from jflow.convert.__main__ import main as convert
+from jflow.inference.pipeline import Pipeline
 from tests.goldens import GOLDEN, REPO
 
 
@@ -166,6 +167,13 @@ def test_options_without_effect_are_refused(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_what_files_and_options_tell_is_told_before_loading(tiny_ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(Pipeline, "from_checkpoint", None)
+    for args in (["--prompt", "x", "--steps", "0"], ["--question", "x", "--image", "no.png"]):
+        assert sample.main(["--ckpt", str(tiny_ckpt), *args]) == 2
+        assert "sample.py: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -179,6 +187,8 @@ def test_options_without_effect_are_refused(args, message, capsys):
         (["--question", "x", "--temperature", "inf"], "temperature must be a number, not inf"),
         (["--prompts", "docs/cat.jpg"], "docs/cat.jpg is not UTF-8 text"),
         (["--prompt", "x", "--num", "0"], "must be at least 1"),
+        (["--prompt", "x", "--out", "README.md"], "README.md is no folder that can be written"),
+        (["--questions", "README.md", "--out", "README.md/x"], "README.md is no folder that can"),
         (["--prompt", "x", "--raw"], "holds no training state: it was converted"),
         (["--prompt", "x", "--mesh", "data=1,tensor=2"], "for 2 devices, but there are 1."),
         (["--prompt", "x", "--mesh", "tensor=2"], "tensor=2 does not divide 1 devices."),
