@@ -136,29 +136,3 @@ def to_dict(config: Any) -> Any:
     if isinstance(config, (tuple, list)):
         return [to_dict(entry) for entry in config]
     return config
-
-
-def from_dict(kind: Any, data: Any) -> Any:
-    """The config that `to_dict` took apart; `kind` is its type.
-
-    Raises ValueError for fields that the type does not have (a config of another version).
-    """
-    if dataclasses.is_dataclass(kind):
-        types = typing.get_type_hints(kind)
-        for name in data:
-            if name not in types:
-                raise ValueError(
-                    f"{kind.__name__} has no field {name!r}{_nearest(name, list(types))}."
-                )
-        return kind(**{name: from_dict(types[name], value) for name, value in data.items()})
-    arguments = typing.get_args(kind)
-    if type(None) in arguments:
-        if data is None:
-            return None
-        (kind,) = [a for a in arguments if a is not type(None)]
-        return from_dict(kind, data)
-    if typing.get_origin(kind) is tuple:
-        if arguments[-1] is Ellipsis:
-            return tuple(from_dict(arguments[0], entry) for entry in data)
-        return tuple(from_dict(a, entry) for a, entry in zip(arguments, data, strict=True))
-    return data

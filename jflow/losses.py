@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from jflow.flow import velocity
 from jflow.sharding import by_rows
 
 
@@ -113,7 +114,7 @@ def rectified_flow(v: jax.Array, x: jax.Array, z0: jax.Array) -> jax.Array:
 
     Args: predicted velocity v, image latents x, noise z0, each [B, h, w, c].
     """
-    error = v.astype(jnp.float32) - (x - z0).astype(jnp.float32)
+    error = v.astype(jnp.float32) - velocity(x, z0).astype(jnp.float32)
     return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
 
