@@ -73,12 +73,14 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
 
 
 def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.TrainState:
-    """The state before the first step; where there is REPA, its head is new unless the checkpoint
-    has one.
+    """The state before the first step; with a REPA head, which is new unless the checkpoint has
+    one, where there is REPA.
 
     Raises ValueError in one sentence for a head of another width than the config's.
     """
-    if modules.repa is not None:
+    if modules.repa is None:
+        params = {name: tree for name, tree in params.items() if name != "repa"}
+    else:
         if "repa" not in params:
             width = modules.model.config.language.hidden_size
             key = jax.random.key(config.seed)

@@ -25,8 +25,6 @@ ALIGNERS = (
     r"janusflow/vision_(und_enc|gen_enc|gen_dec)_aligner",
     r"janusflow/beg_of_und_embed",
 )
-# A finished model has no REPA head, and a new one would disturb what it knows.
-ALL = tuple(pattern for pattern in PRETRAINING if pattern != "repa/")
 
 
 def _file(folder: str, name: str) -> str:
@@ -47,7 +45,7 @@ def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
         name="finetune",
         init_from="janusflow",
         steps=1000,
-        trainable=(*ALIGNERS, FACTORS) if lora else ALL,
+        trainable=(*ALIGNERS, FACTORS) if lora else PRETRAINING,
         lora=LoraConfig() if lora else None,
         data=DataConfig(
             sources=sources,
@@ -55,6 +53,7 @@ def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
             batch_rows=4,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4 if lora else 2e-5, warmup_steps=50),
+        # A finished model has no REPA head, and a new one would disturb what it knows.
         objective=ObjectiveConfig(repa_weight=0),
         # Over the last 70 steps or so: the paper's average is for runs of many thousand.
         ema=EMAConfig(decay=0.99, every=1),

@@ -191,3 +191,12 @@ def test_a_repa_head_of_another_width(refused, command, tiny_ckpt, tmp_path):
     checkpoints.save_checkpoint(tmp_path / "with", params | {"repa": head}, config, files)
     said = refused(f"init_from={tmp_path / 'with'}")
     assert "The REPA head in" in said and "has hidden size 24" in said
+
+
+def test_without_repa_a_head_of_any_width_goes(command, cheap, tiny_ckpt, tmp_path):
+    params, config, files = checkpoints.load_checkpoint(tiny_ckpt)
+    head = {"linear_1": {"kernel": np.zeros((64, 24), np.float32)}}
+    checkpoints.save_checkpoint(tmp_path / "with", params | {"repa": head}, config, files)
+    more = [f"init_from={tmp_path / 'with'}", "objective.repa_weight=0", "steps=1"]
+    assert train.main([*command, *more]) == 0
+    assert "repa" not in checkpoints.load_shapes(tmp_path / "run")

@@ -157,7 +157,7 @@ def test_the_folder_is_one_override(pictures, tmp_path):
     assert config.lora is not None and config.optimizer.warmup_steps == 7
     plain = load(CONFIG, [f"folder={tmp_path}", "lora=false"])
     assert len(plain.data.sources) == 2 and plain.lora is None
-    assert set(plain.trainable) == set(PRETRAINING) - {"repa/"}
+    assert plain.trainable == PRETRAINING and plain.objective.repa_weight == 0
     assert plain.optimizer.learning_rate < config.optimizer.learning_rate
 
 

@@ -87,7 +87,7 @@ def test_interleaving_is_exact_and_numbers_each_stream(weights):
         ({"max_seq_len": 0}, "data.max_seq_len must be at least 1"),
         ({"samples_per_row": 0}, "data.samples_per_row must be at least 1"),
         ({"crops_per_row": 0}, "data.crops_per_row must be at least 1"),
-        ({"threads": 0}, "data.threads must be at least 1"),
+        ({"threads": -1}, "data.threads must be at least 0"),
         ({"workers": -1}, "data.workers must be at least 0"),
     ],
 )

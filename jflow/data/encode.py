@@ -181,8 +181,9 @@ def _crop_batches(
     source: Source, size: int, data: DataConfig, batch: int
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, int] | str]]]:
     """(first record, what `_crops` makes), the next batch made meanwhile."""
-    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(data.threads)
-    share = -(-batch // (data.workers or data.threads))
+    threads = max(data.threads, 1)
+    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(threads)
+    share = -(-batch // (data.workers or threads))
 
     def ask(start: int) -> list[Future]:
         indices = range(start, min(start + batch, len(source)))

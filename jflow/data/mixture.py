@@ -109,13 +109,13 @@ class DataConfig:
         return self.samples_per_row + 1
 
     def __post_init__(self):
-        least = dict.fromkeys(("images_per_row", "prefetch", "workers"), 0) | dict.fromkeys(
-            ("batch_rows", "max_seq_len", "crops_per_row", "samples_per_row")
-            + ("broken_check_steps", "threads"), 1
-        )  # fmt: skip
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"data.{name} must be at least {low}, not {getattr(self, name)}.")
+        # Without threads of their own, windows are made where they are waited for.
+        zero = ("images_per_row", "threads", "prefetch", "workers")
+        one = ("batch_rows", "max_seq_len", "crops_per_row", "samples_per_row")
+        one += ("broken_check_steps",)
+        for name in zero + one:
+            if (value := getattr(self, name)) < (least := int(name in one)):
+                raise ValueError(f"data.{name} must be at least {least}, not {value}.")
         for name in ("drop_prompt", "max_broken_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)}.")

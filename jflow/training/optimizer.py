@@ -12,9 +12,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 # no part in the model (design.md, trap 9).
 ADAPTATION = (
     r"janusflow/vision_(und_enc|gen_enc|gen_dec)_aligner",
-    r"janusflow/beg_of_und_embed",
+    # With the REPA head, where there is one: a pattern of its own would match nothing without.
+    r"janusflow/beg_of_und_embed|repa/",
     r"janusflow/vision_gen_(enc|dec)_model/",
-    r"repa/",
 )
 PRETRAINING = (*ADAPTATION, r"janusflow/language_model/")
 SFT = (*PRETRAINING, r"janusflow/vision_und_enc_model/(?!attn_pool)")
