@@ -36,9 +36,9 @@ TWO_CORES = JAX_NUM_CPU_DEVICES=2 XLA_FLAGS=--xla_cpu_multi_thread_eigen=false \
 # ninety learn both.
 demo: SCENES = 12000 --colored 75 --relations 25
 demo: BENCHMARK = prompts=240 pictures=60
-# WIDE=1: with pictures of eight more colors, for pairs never seen.
-shapes: SCENES = 40000 $(if $(WIDE),--wide 1)
-shapes: WORDS = $(if $(WIDE),wide=true)
+# Half of its scenes in more colors, with words for them, is what lets it draw pairs never seen.
+shapes: SCENES = 40000 --wide 50 --counting 3
+shapes: WORDS = wide=true
 demo shapes: export JAX_PLATFORMS = cpu
 demo shapes: $(VENV)/.installed
 	rm -rf runs/$@ && mkdir -p runs/$@ && date +%s > runs/$@/began

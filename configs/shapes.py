@@ -1,15 +1,17 @@
 """A small JanusFlow that learns to draw and to read coloured shapes, on any machine.
 
-    python -m jflow.data build shapes --out runs/shapes/data --train 40000 --rounds 1
-    python -m jflow.scratch --out runs/shapes/init
+    python -m jflow.data build shapes --out runs/shapes/data --train 40000 --rounds 1 \\
+        --wide 50 --counting 3
+    python -m jflow.scratch --out runs/shapes/init wide=true
     python -m jflow.data cache --config configs/shapes.py --out runs/shapes/cache --batch 64
     python train.py --config configs/shapes.py --run runs/shapes/train
     python -m jflow.evals --ckpt runs/shapes/train --untrained runs/shapes/init --out runs/shapes
 
 An hour and a half on 2 cores; `make demo` is the same in 10 minutes. It learns to draw first, then
-to draw and to answer: the two hinder each other's beginnings. With --wide 1 behind the first
-command and wide=true behind the second, as `make shapes WIDE=1` has them, it learns from more
-colors, for pairs of shape and color that it never sees. docs/shapes.md says what was tried.
+to draw and to answer: the two hinder each other's beginnings. Half of the scenes have eight more
+colors (--wide 50, and wide=true for their words), of which none is asked for: so it learns that a
+color goes with any shape, also where it never sees both together. docs/shapes.md says what was
+tried.
 """
 
 from jflow.data.mixture import DataConfig, MixtureConfig, SourceConfig, WindowConfig

@@ -5,7 +5,7 @@
 #     bash scripts/shapes_gpu.sh [field=value ...]     # of the config, for example steps=15000
 #
 # Needs python3 (or $PYTHON) with jflow's dependencies; nothing is installed. $SCENES are built;
-# $MODEL and $BENCHMARK are fields of jflow.scratch and jflow.evals; WIDE=1 adds more colors.
+# $MODEL and $BENCHMARK are fields of jflow.scratch and jflow.evals.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} run=runs/shapes-gpu
@@ -21,9 +21,9 @@ step() {
 rm -rf $run && mkdir -p $run
 # What is built needs no GPU, and what is random needs it for seconds.
 step -m jflow.data build shapes --out $run/data --train "${SCENES:-100000}" --seen 1 --unseen 1 \
-    --rounds 1 ${WIDE:+--wide 1} &
+    --rounds 1 --wide 50 --counting 3 &
 # shellcheck disable=SC2086  # Several fields.
-step -m jflow.scratch --out $run/init ${WIDE:+wide=true} $model
+step -m jflow.scratch --out $run/init wide=true $model
 wait $!
 step -m jflow.data cache --config configs/shapes_gpu.py --out $run/cache --batch 512 "$@"
 step train.py --config configs/shapes_gpu.py --run $run/train "$@"

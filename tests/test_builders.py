@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections import Counter
 
@@ -85,29 +86,37 @@ def test_only_the_unseen_split_names_held_out_pairs(shapes_folder):
     assert any(named.search(text) for text in texts("unseen"))
 
 
-def test_more_colors_are_only_trained_on(tmp_path):
+def test_more_colors_and_counting_are_only_trained_on(tmp_path):
     """In pictures, captions and questions; the held-out splits are as they are without them."""
-    counts = ["--train=40", "--seen=5", "--unseen=5"]
-    for wide in "01":
-        assert main(["build", "shapes", f"--out={tmp_path / wide}", f"--wide={wide}", *counts]) == 0
+    counts = ["--train=60", "--seen=5", "--unseen=5"]
+    for which, options in {"plain": [], "more": ["--wide=50", "--counting=3"]}.items():
+        assert main(["build", "shapes", f"--out={tmp_path / which}", *options, *counts]) == 0
+    made = rows(tmp_path / "more", "train").values()
+    records = [json.loads(row["record"]) for row in made]
+    counted = np.mean([r is not None and r["tag"] == "counting" for r in records])
+    # Of three quarters of the scenes, 3 of 8; three standard deviations.
+    assert counted == pytest.approx(9 / 32, abs=3 * math.sqrt(0.2 / 60))
     texts = {
         split: [
             str((row["captions"], row["conversations"]))
-            for row in rows(tmp_path / "1", split).values()
+            for row in rows(tmp_path / "more", split).values()
         ]
         for split in COUNTS
     }
+    # Half of the scenes have them, of which a few happen to have none.
+    wide = np.mean([any(c in text for c in scenes.MORE_COLORS) for text in texts["train"]])
+    assert wide == pytest.approx(0.42, abs=3 * math.sqrt(0.25 / 60))
     named = {
         split: [c for c in scenes.MORE_COLORS if any(c in text for text in found)]
         for split, found in texts.items()
     }
     assert len(named.pop("train")) >= 6 and not any(named.values())
     for split in named:
-        plain, wide = (rows(tmp_path / which, split) for which in "01")
+        plain, more = (rows(tmp_path / which, split) for which in ("plain", "more"))
         for i in plain:
-            np.testing.assert_array_equal(plain[i]["image"], wide[i]["image"])
-    with pytest.raises(ValueError, match="wide is 0 or 1"):
-        builders.ShapesOptions(wide=2)
+            np.testing.assert_array_equal(plain[i]["image"], more[i]["image"])
+    with pytest.raises(ValueError, match="counting is a number"):
+        builders.ShapesOptions(counting=0)
 
 
 def test_a_quarter_of_the_captions_are_short():

@@ -28,7 +28,7 @@ from jflow.data import shapes
 from jflow.data.scenes import SPLITS, WIDE, render
 from jflow.data.workers import in_processes
 
-_CAPTIONS, _CONVERSATION = 2, 3  # purposes of `shapes.generator`; 0 and 1 are its own
+_CAPTIONS, _CONVERSATION, _COLORS = 2, 3, 4  # purposes of `shapes.generator`; 0 and 1 are its own
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _DIGITS_TRAIN = 1437  # of 1797
 _OPTIONS = "options"  # where dataset_info.json keeps what a dataset was built with
@@ -39,7 +39,9 @@ class ShapesOptions:
     """size: side of the pictures in pixels. train, seen, unseen: examples of each split.
     captions: of each picture. colored: percent of the longer captions that name colors. rounds: of
     questions about it, of two to six new ones each. relations: percent of the questions of relation
-    that are put, see `shapes.conversation`. wide: 1 to train on more colors, see `scenes.pairs`."""
+    that are put, see `shapes.conversation`. wide: percent of the training scenes that have more
+    colors, see `scenes.pairs`. counting: how many times as often as for another category one is
+    made for that."""
 
     size: int = 32
     train: int = 20_000
@@ -50,12 +52,13 @@ class ShapesOptions:
     rounds: int = 2
     relations: int = int(100 * shapes.RELATIONS_SHARE)
     wide: int = 0
+    counting: int = 1
     seed: int = 0
 
     def __post_init__(self):
-        if self.wide not in (0, 1):
-            raise ValueError(f"wide is 0 or 1, not {self.wide}.")
-        for name in ("colored", "relations"):
+        if self.counting < 1:
+            raise ValueError(f"counting is a number of times, from 1 on, not {self.counting}.")
+        for name in ("colored", "relations", "wide"):
             if not 0 <= (percent := getattr(self, name)) <= 100:
                 raise ValueError(f"{name} is in percent, from 0 to 100, not {percent}.")
 
@@ -103,13 +106,17 @@ class Shapes(_Embedded):
 
 
 def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
-    colored, of = options.colored / 100, WIDE if options.wide and split == "train" else split
-    made = shapes.example(options.seed, split, index, colored, of)
-    rng = shapes.generator(options.seed, split, index, _CAPTIONS)
+    generator = partial(shapes.generator, options.seed, split, index)
+    colored, of = options.colored / 100, split
+    if split == "train" and generator(_COLORS).random() < options.wide / 100:
+        of = WIDE
+    counting = options.counting if split == "train" else 1
+    made = shapes.example(options.seed, split, index, colored, of, counting)
+    rng = generator(_CAPTIONS)
     more = (
         shapes.caption_of(made.scene, made.record, rng, colored) for _ in range(1, options.captions)
     )
-    rng = shapes.generator(options.seed, split, index, _CONVERSATION)
+    rng = generator(_CONVERSATION)
     asked = shapes.conversation(made.scene, of, options.rounds, rng, options.relations / 100)
     return _example(
         np.round((render(made.scene, options.size) + 1) * 127.5).astype(np.uint8),

@@ -106,12 +106,12 @@ class Scene:
 
 def pairs(split: str) -> tuple[Pair, ...]:
     """The (shape, color) pairs of a split: "train" and "seen" (other draws of the same pairs), or
-    "unseen" (the held-out pairs alone); of WIDE those of "train" twice, and each of MORE_COLORS in
-    all shapes, which two fifths of the objects have then.  Raises ValueError for another name."""
+    "unseen" (the held-out pairs alone); of WIDE those of "train", and each of MORE_COLORS in all
+    shapes.  Raises ValueError for another name."""
     if split not in (*SPLITS, WIDE):
         raise ValueError(f"The splits of shapes are {', '.join(SPLITS)}, not {split!r}.")
     if split == WIDE:
-        return 2 * pairs("train") + tuple((s, c) for s in SHAPES for c in MORE_COLORS)
+        return pairs("train") + tuple((s, c) for s in SHAPES for c in MORE_COLORS)
     held = split == "unseen"
     return tuple((s, c) for s in SHAPES for c in COLORS if (c in HELD_OUT[s]) == held)
 

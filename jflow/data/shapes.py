@@ -128,11 +128,17 @@ def prompt(seed: int, split: str, index: int) -> dict:
 
 
 def example(
-    seed: int, split: str, index: int, colored: float = COLORED_SHARE, of: str | None = None
+    seed: int,
+    split: str,
+    index: int,
+    colored: float = COLORED_SHARE,
+    of: str | None = None,
+    counting: int = 1,
 ) -> Example:
     """The index-th example of a split: draw its picture with `render`.
 
-    colored: see `describe`. of: whose `pairs` it is made of; None for the split's own.
+    colored: see `describe`. of: whose `pairs` it is made of; None for the split's own. counting:
+    how many times as often as for another category it is made for that one.
     """
     rng, of = generator(seed, split, index, 1), of or split
     if rng.random() < FREE_SHARE:
@@ -140,7 +146,8 @@ def example(
         wanted = [allowed[i] for i in rng.integers(len(allowed), size=rng.integers(1, 5))]
         scene = place(wanted, rng, lambda objects: True)
     else:
-        record = make_record(CATEGORIES[rng.integers(len(CATEGORIES))], of, rng)
+        categories = CATEGORIES + ("counting",) * (counting - 1)
+        record = make_record(categories[rng.integers(len(categories))], of, rng)
         scene = scene_for(record, of, rng)
     return Example(scene, record, caption_of(scene, record, rng, colored), ask(scene, of, rng))
 

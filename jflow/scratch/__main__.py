@@ -34,7 +34,7 @@ from jflow.scratch.tokenizer import tokenizer_files
 class ScratchConfig:
     """Dimensions of what is random. channels: of the generation encoder and decoder, in which
     encoder_blocks and decoder_blocks count ConvNeXt blocks. wide: with words for the colors of
-    `jflow.data build shapes --wide 1`."""
+    `jflow.data build shapes --wide 50`."""
 
     hidden_size: int = 128
     intermediate_size: int = 384
