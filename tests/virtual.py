@@ -275,11 +275,11 @@ def sample_files(ckpt: Path, mesh: str | None) -> tuple[np.ndarray, str]:
     with ExitStack() as stack:
         for spy in spies:
             stack.enter_context(spy)
-        common = ["--ckpt", str(ckpt), "--mesh", mesh or "", "--out", str(out)]
+        common = ["--ckpt", str(ckpt), "--mesh", mesh or ""]
         draw = ["--prompt", "a red cat", "--num", "3", "--steps", "2", "--batch-size", "2"]
-        assert sample_py.main([*common, *draw]) == 0
+        assert sample_py.main([*common, *draw, "--out", str(ckpt.parent / "drawn")]) == 0
         questions = ["--questions", str(ckpt.parent / "q.jsonl"), "--max-new-tokens", "8"]
-        assert sample_py.main([*common, *questions]) == 0
+        assert sample_py.main([*common, *questions, "--out", str(out)]) == 0
     for pipeline in loaded if mesh else ():
         places = sharding.shardings(pipeline.params, pipeline.mesh)
         for leaf, place in zip(
