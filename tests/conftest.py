@@ -40,3 +40,11 @@ def tiny_ckpt(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_ckpt):
     return Pipeline.from_checkpoint(tiny_ckpt)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_programs():
+    """Compiled programs end with the module that made them: some thousand of them take more pieces
+    of memory than a process may map, and the compiler crashes."""
+    yield
+    jax.clear_caches()
