@@ -72,25 +72,29 @@ def build(models: dict, config: TrainConfig, attention: Implementation = "auto")
     )
 
 
-def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.TrainState:
-    """The state before the first step; with a REPA head, which is new unless the checkpoint has
-    one, where there is REPA.
+def repa_head(params: dict, modules: Modules, config: TrainConfig) -> dict:
+    """{"repa": the checkpoint's head, a new one where it has none}; {} without REPA.
 
     Raises ValueError in one sentence for a head of another width than the config's.
     """
     if modules.repa is None:
-        params = {name: tree for name, tree in params.items() if name != "repa"}
-    else:
-        if "repa" not in params:
-            width = modules.model.config.language.hidden_size
-            key = jax.random.key(config.seed)
-            params = params | {"repa": repa.init_params(modules.repa, width, key)}
-        there, wanted = params["repa"]["linear_1"]["kernel"].shape[-1], modules.repa.hidden_size
-        if there != wanted:
-            raise ValueError(
-                f"The REPA head in {config.init_from} has hidden size {there}: set "
-                f"repa_hidden_size to it, not {wanted}."
-            )
+        return {}
+    if "repa" not in params:
+        width = modules.model.config.language.hidden_size
+        return {"repa": repa.init_params(modules.repa, width, jax.random.key(config.seed))}
+    there, wanted = params["repa"]["linear_1"]["kernel"].shape[-1], modules.repa.hidden_size
+    if there != wanted:
+        raise ValueError(
+            f"The REPA head in {config.init_from} has hidden size {there}: set repa_hidden_size to "
+            f"it, not {wanted}."
+        )
+    return {"repa": params["repa"]}
+
+
+def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.TrainState:
+    """The state before the first step; errors of `repa_head`."""
+    kept = {name: tree for name, tree in params.items() if name != "repa"}
+    params = kept | repa_head(params, modules, config)
     params = lora.init(params, config.lora, config.trainable, config.seed)
     return state.init(params, config.trainable, adamw(config.optimizer))
 

@@ -15,9 +15,7 @@ devices hold, and what one of them finds damaged is so for all.
 import json
 import math
 import os
-import re
 import shutil
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,6 +31,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import type_handlers
 
 from jflow import distributed
+from jflow.folders import new_folder
 
 # Arrays are stored and read in chunks of this many bytes, and files of about this many. With
 # GROUP_BYTES these bound what a save or a restore needs on top of the parameters: Orbax's own
@@ -63,38 +62,6 @@ class Later:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-def require_local(path: str | Path) -> None:
-    """Raises ValueError for an address such as gs://bucket/run, which Path takes for a folder."""
-    if re.match(r"\w+:/", str(path)):
-        raise ValueError(f"{path} is an address: mount it as a folder, and name that instead.")
-
-
-def require_new(path: str | Path) -> None:
-    """Raises FileExistsError for a path that is taken, ValueError for one that is not local or that
-    no folder can be moved to; an empty folder is fine."""
-    require_local(path)
-    path = Path(path)
-    if path.is_mount():
-        raise ValueError(f"{path} is where a disk is mounted: name a new folder inside of it.")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already: choose another folder or delete it.")
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """The name of a folder to make and fill in the block.
-
-    It becomes `path` when the block ends, and vanishes when it fails.
-    """
-    path = Path(path).resolve()
-    require_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        folder = Path(scratch) / path.name
-        yield folder
-        os.replace(folder, path)
 
 
 def save_checkpoint(
@@ -134,10 +101,12 @@ def items(params: dict, config: dict, files: dict[str, str], state: Any) -> ocp.
             tree, save_args=save_args, ocdbt_target_data_file_size=FILE_BYTES
         )
 
+    # The small ones first: Orbax waits in this order, and would leave them half written where the
+    # arrays find no room.
     found = {
-        "params": arrays(params),
         "config": ocp.args.JsonSave(config),
         "files": ocp.args.JsonSave(files),
+        "params": arrays(params),
     }
     if state is not None:
         found["state"] = arrays(_named(state))
@@ -394,11 +363,14 @@ class _LaterHandler(type_handlers.NumpyHandler):
     next one."""
 
     async def serialize(self, values, infos, args=None):
+        written = self._write_groups(values, infos, args)
+        return [ocp.future.CommitFutureAwaitingContractedSignals(written)]
+
+    async def _write_groups(self, values, infos, args):
         groups = _groups(values)
         for group in np.unique(groups):
             wanted = np.flatnonzero(groups == group)
             await self._write(*([of[i] for i in wanted] for of in (values, infos, args)))
-        return []
 
     async def _write(self, values, infos, args):
         (written,) = await super().serialize([np.asarray(value) for value in values], infos, args)

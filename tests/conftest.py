@@ -12,10 +12,12 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def own_cache():
-    """The cache that train.py and sample.py turn on ends with the module that has called them: all
-    others would write their programs too, and once in a dozen runs XLA crashed at that."""
+def own_programs():
+    """Compiled programs end with the module that made them, and so does the cache on disk that
+    train.py and sample.py turn on. Some thousand of them take more pieces of memory than a process
+    may map, and in a whole run the compiler crashed."""
     yield
+    jax.clear_caches()
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
 
@@ -40,11 +42,3 @@ def tiny_ckpt(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_ckpt):
     return Pipeline.from_checkpoint(tiny_ckpt)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def own_programs():
-    """Compiled programs end with the module that made them: some thousand of them take more pieces
-    of memory than a process may map, and the compiler crashes."""
-    yield
-    jax.clear_caches()

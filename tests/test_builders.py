@@ -117,6 +117,8 @@ def test_more_colors_and_counting_are_only_trained_on(tmp_path):
             np.testing.assert_array_equal(plain[i]["image"], more[i]["image"])
     with pytest.raises(ValueError, match="counting is a number"):
         builders.ShapesOptions(counting=0)
+    with pytest.raises(ValueError, match="wide is in percent"):
+        builders.ShapesOptions(wide=101)
 
 
 def test_a_quarter_of_the_captions_are_short():

@@ -84,7 +84,7 @@ def test_each_parameter_needs_exactly_one_rule():
         plan((*RULES, RULES[0]), tree)
 
 
-def test_everything_wrong_is_listed_at_once(tmp_path):
+def test_everything_wrong_is_listed_at_once(tmp_path, monkeypatch):
     tree, hf = toy(3, 1, 4, np.float32)
     del hf["model.layers.1.up.weight"], hf["blocks.0.convs.0.weight"]
     hf["model.layers.2.up.weight"] = hf["model.layers.2.up.weight"].astype(np.float16)
@@ -92,6 +92,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     hf["blocks.0.norm.weight"] = np.zeros((1, 1, 4), np.int32)
     hf["stray"] = np.zeros(1, np.float32)
     save_file(hf, tmp_path / "model.safetensors")
+    monkeypatch.setattr(np, "empty", lambda *_: pytest.fail("allocated before checking"))
     with pytest.raises(ValueError) as error:
         open_params(plan(RULES, tree), find_tensors(tmp_path))
     for problem in (

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from jflow import checkpoints
+from jflow import checkpoints, folders
 from jflow.convert import parts, siglip_rules
 from jflow.convert.engine import (
     Leaf,
@@ -153,7 +153,7 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
 
     Raises ValueError or OSError for sources that are not that; then nothing is written.
     """
-    checkpoints.require_new(out)
+    folders.require_new(out)
     folder = fetch(source, ["*.json", "*.safetensors"])
     released, files = read_config(folder)
     siglip = json.loads(files[SIGLIP]) if SIGLIP in files else None
@@ -190,7 +190,7 @@ def from_parts(
 
     Raises ValueError or OSError for sources that are not that; then nothing is written.
     """
-    checkpoints.require_new(out)
+    folders.require_new(out)
     folder = fetch(language, ["*.json", "*.safetensors"])
     found, language_files = read_config(folder)
     language_config = LlamaConfig.from_hf(found)
@@ -232,7 +232,7 @@ def to_hf(source: str, out: str) -> None:
 
     Raises ValueError or OSError for a folder that is no checkpoint; then nothing is written.
     """
-    checkpoints.require_new(out)
+    folders.require_new(out)
     params, config, files = checkpoints.open_checkpoint(source)
     model_config = JanusFlowConfig.from_hf(config["janusflow"], config.get("siglip"))
     if CONFIG not in files:
@@ -245,7 +245,7 @@ def to_hf(source: str, out: str) -> None:
         models.append(("vae", "vae/diffusion_pytorch_model.safetensors", leaves))
     total = sum(array.nbytes for _, array in flatten(params))
     with (
-        checkpoints.new_folder(out) as folder,
+        folders.new_folder(out) as folder,
         tqdm(total=total, desc="writing", unit="B", unit_scale=True) as bar,
     ):
         folder.mkdir()

@@ -23,10 +23,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jflow.checkpoints import new_folder
 from jflow.data import shapes
 from jflow.data.scenes import SPLITS, WIDE, render
 from jflow.data.workers import in_processes
+from jflow.folders import new_folder
 
 _CAPTIONS, _CONVERSATION, _COLORS = 2, 3, 4  # purposes of `shapes.generator`; 0 and 1 are its own
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -107,10 +107,9 @@ class Shapes(_Embedded):
 
 def _shapes_example(options: ShapesOptions, split: str, index: int) -> dict[str, Any]:
     generator = partial(shapes.generator, options.seed, split, index)
-    colored, of = options.colored / 100, split
-    if split == "train" and generator(_COLORS).random() < options.wide / 100:
-        of = WIDE
-    counting = options.counting if split == "train" else 1
+    colored, trained_on = options.colored / 100, split == "train"
+    of = WIDE if trained_on and generator(_COLORS).random() < options.wide / 100 else split
+    counting = options.counting if trained_on else 1
     made = shapes.example(options.seed, split, index, colored, of, counting)
     rng = generator(_CAPTIONS)
     more = (

@@ -136,9 +136,7 @@ def _check_source(
     indices = stream.first_of(which, records)
     processor = None if stream.task == "generation" else fmt.processor
     lengths, images, broken, samples, largest = [], [], [], [], 0
-    for index, made in zip(
-        indices, _examples(stream, which, indices, max(data.threads, 1)), strict=True
-    ):
+    for index, made in zip(indices, _examples(stream, which, indices, data.pool_size), strict=True):
         if isinstance(made, str):
             broken.append(made)
             continue
@@ -182,7 +180,7 @@ def _check_packing(stream: TaskStream, config: DataConfig, windows: int) -> Pack
     """Packs the first windows, as the loader would."""
     most = config.crops_per_row if stream.task == "generation" else config.images_per_row
     tokens = placed = made = 0
-    with ThreadPoolExecutor(max(config.threads, 1)) as pool:
+    with ThreadPoolExecutor(config.pool_size) as pool:
         for number in range(windows):
             first = number * stream.window.samples
             positions = range(first, first + stream.window.samples)

@@ -15,7 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
-from jflow import checkpoints
+from jflow import checkpoints, folders
 from jflow.data import workers
 from jflow.data.cache import INFO, Encoders, Fingerprint, ImageCache, image_checksum
 from jflow.data.examples import cached_crop
@@ -94,7 +94,7 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
     Raises ValueError or OSError in one sentence, also for more of them than max_broken_share
     allows; then nothing is written.
     """
-    checkpoints.require_new(out)
+    folders.require_new(out)
     chosen = [s for s in config.data.sources if s.task == "generation"]
     if not chosen:
         raise ValueError(f"{config.name} has no source of generation samples: nothing to cache.")
@@ -117,7 +117,7 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
         return {name: values.astype(jnp.float32) for name, values in found.items()}
 
     print(f"{sum(map(len, sources))} crops of {size} pixels, into {out}")
-    with checkpoints.new_folder(out) as folder:
+    with folders.new_folder(out) as folder:
         folder.mkdir()
         broken = [
             _write_source(
@@ -181,9 +181,8 @@ def _crop_batches(
     source: Source, size: int, data: DataConfig, batch: int
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, int] | str]]]:
     """(first record, what `_crops` makes), the next batch made meanwhile."""
-    threads = max(data.threads, 1)
-    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(threads)
-    share = -(-batch // (data.workers or threads))
+    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(data.pool_size)
+    share = -(-batch // (data.workers or data.pool_size))
 
     def ask(start: int) -> list[Future]:
         indices = range(start, min(start + batch, len(source)))

@@ -108,14 +108,18 @@ class DataConfig:
         """Runs of tokens in a row at most: samples, and the padding behind them."""
         return self.samples_per_row + 1
 
+    @property
+    def pool_size(self) -> int:
+        """Threads of a pool, which needs one; without any, windows are made where they are waited
+        for."""
+        return max(self.threads, 1)
+
     def __post_init__(self):
-        # Without threads of their own, windows are made where they are waited for.
-        zero = ("images_per_row", "threads", "prefetch", "workers")
-        one = ("batch_rows", "max_seq_len", "crops_per_row", "samples_per_row")
-        one += ("broken_check_steps",)
-        for name in zero + one:
-            if (value := getattr(self, name)) < (least := int(name in one)):
-                raise ValueError(f"data.{name} must be at least {least}, not {value}.")
+        least = dict.fromkeys(("images_per_row", "threads", "prefetch", "workers"), 0)
+        least |= dict.fromkeys(("batch_rows", "max_seq_len", "crops_per_row", "samples_per_row"), 1)
+        for name, low in (least | {"broken_check_steps": 1}).items():
+            if (value := getattr(self, name)) < low:
+                raise ValueError(f"data.{name} must be at least {low}, not {value}.")
         for name in ("drop_prompt", "max_broken_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share from 0 to 1, not {getattr(self, name)}.")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 
-from jflow import checkpoints
+from jflow import checkpoints, folders
 from jflow.config import override, to_dict
 from jflow.data.scenes import MORE_COLORS
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     args = parser.parse_intermixed_args(argv)
     try:
-        checkpoints.require_new(args.out)
+        folders.require_new(args.out)
         create(reduce(override, args.overrides, ScratchConfig()), args.out)
     except (ValueError, OSError) as error:
         print(f"jflow.scratch: {error}", file=sys.stderr)

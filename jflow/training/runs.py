@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jflow import checkpoints, distributed
+from jflow import checkpoints, distributed, folders
 from jflow.checkpoint_writer import Writer, remove_unfinished
 from jflow.config import to_dict
 from jflow.training import lora
@@ -112,7 +112,7 @@ class Checkpoints:
         self._run, self._models, self._files, self._config = run, models, files, config
         self._records = records
         _compare(records)
-        checkpoints.require_local(run)
+        folders.require_local(run)
         distributed.by_first(lambda: _prepare(run))
         if not run.is_dir():
             raise OSError(

@@ -100,7 +100,9 @@ def is_finite(state: TrainState) -> jax.Array:
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in changed]))
 
 
-def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> dict:
+def update_ema(
+    ema: dict, params: dict, step: jax.Array, config: EMAConfig, fit: jax.Array | bool = True
+) -> dict:
     """decay * ema + (1 - decay) * params, at each `every`-th step, and at all before the first.
 
     The n-th of these has (1 + n) / (10 + n) for a larger decay: stage 1 has but 100 of them, whose
@@ -109,6 +111,7 @@ def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> d
 
     Args:
       step: how many batches the params have seen, this one included.
+      fit: whether they were changed by it; the average of a skipped step stays as it is.
     """
     n = step // config.every
     decay = jnp.minimum(config.decay, (1 + n) / (10 + n))
@@ -117,7 +120,7 @@ def update_ema(ema: dict, params: dict, step: jax.Array, config: EMAConfig) -> d
         return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, old, new)
 
     due = (step % config.every == 0) | (step < config.every)
-    return jax.lax.cond(due, average, lambda old, new: old, ema, params)
+    return jax.lax.cond(due & fit, average, lambda old, new: old, ema, params)
 
 
 def watch(

@@ -69,7 +69,7 @@ def train_step(
     mixtures: the batches of the data from which on each of its mixtures holds.
 
     A step whose loss, gradient or update is not finite, or out of line (`state.watch`), changes
-    neither parameters nor moments and is counted in `skipped`.
+    neither parameters nor moments nor averages, and is counted in `skipped`.
 
     Returns: the new state, and name -> (sum, count), to be added up over steps and divided:
       the objective's sums, "loss", "gradient_norm", "gradient_norm/MODULE", "learning_rate",
@@ -92,7 +92,7 @@ def train_step(
         skipped=state.skipped + ~fit,
         skipped_in_row=jnp.where(fit, 0, state.skipped_in_row + 1),
         params=params,
-        ema=update_ema(state.ema, params, step, ema),
+        ema=update_ema(state.ema, params, step, ema, fit),
         opt_state=keep(opt_state, state.opt_state),
         guard=guard,
     )
