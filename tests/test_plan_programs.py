@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jflow.plan import hlo, program
+from tests import programs
 
 
 def measured(function, *shapes) -> tuple[program.Figures, hlo.Program]:
@@ -120,7 +121,7 @@ def test_what_a_tpu_program_does():
     assert figures.collectives["all-reduce"] == program.Collective(1, 2 * 7 / 8 * 4)
     # Of 4 bytes each of 16 chips keeps its part, of those in the other order of the mesh.
     assert figures.collectives["all-to-all"] == program.Collective(1, 15 / 16 * 4)
-    assert program.largest_gather(text) == 4 * 8 * 16
+    assert programs.largest_gather(text) == 4 * 8 * 16
 
 
 def test_what_is_fetched_ahead_is_read_once():
@@ -151,8 +152,8 @@ def test_dense_masks_and_whole_logits_are_seen():
         parts = q.reshape(8, 16, 32)
         return jnp.sum(jax.lax.map(lambda part: jax.nn.softmax(part @ q.T) @ q, parts))
 
-    assert program.dense_masks(measured(dense, (128, 32))[1], 128)
-    assert not program.dense_masks(measured(blocks, (128, 32))[1], 128)
+    assert programs.dense_masks(measured(dense, (128, 32))[1], 128)
+    assert not programs.dense_masks(measured(blocks, (128, 32))[1], 128)
 
     def logits(x, head):
         return jnp.sum(jax.nn.logsumexp(x @ head, axis=-1))
@@ -160,5 +161,5 @@ def test_dense_masks_and_whole_logits_are_seen():
     def chunks(x, head):
         return jnp.sum(jax.lax.map(lambda part: logits(part, head), x.reshape(8, 16, 8)))
 
-    assert program.full_logits(measured(logits, (128, 8), (8, 512))[1], 128, 512)
-    assert not program.full_logits(measured(chunks, (128, 8), (8, 512))[1], 128, 512)
+    assert programs.full_logits(measured(logits, (128, 8), (8, 512))[1], 128, 512)
+    assert not programs.full_logits(measured(chunks, (128, 8), (8, 512))[1], 128, 512)
