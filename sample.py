@@ -351,7 +351,7 @@ def run(args: argparse.Namespace, stats: CompileStats) -> None:
     work = prepare(args)
     # The step of a run that is read, and named in the pictures, is one and the same, also where a
     # host sees the latest one later than another.
-    args.ckpt = distributed.gather_texts(str(checkpoints.find_checkpoint(args.ckpt)))[0]
+    args.ckpt = str(checkpoints.agreed_on(args.ckpt))
     mesh = mesh_of(args.mesh)
     # A GPU would copy each layer's weights out of the stack, in every step.
     scan = bool(args.prompt or args.prompts) and jax.default_backend() != "gpu"

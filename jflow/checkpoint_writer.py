@@ -10,9 +10,11 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from jflow import checkpoints, distributed
+from jflow.compilation import out_of_memory
 
-# How long the processes wait at the end of a save for the first one, which reads it once more for
-# its checksums. It is not what a lost process costs: the others end with it, within minutes.
+# How long a save may take, and how long the processes wait at its end for the first one, which
+# reads it once more for its checksums. It is not what a lost process costs: the others end with it,
+# within minutes.
 COMPLETE_SECONDS = 3600
 
 
@@ -27,7 +29,9 @@ class Writer:
     """
 
     def __init__(self):
-        self._checkpointer = ocp.AsyncCheckpointer(checkpoints.handler())
+        self._checkpointer = ocp.AsyncCheckpointer(
+            checkpoints.handler(), async_options=ocp.options.AsyncOptions(COMPLETE_SECONDS)
+        )
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._job: Future | None = None
         self._saves = 0
@@ -92,6 +96,8 @@ def _reported_as_unwritten(folder: Path) -> Iterator[None]:
         # Orbax and TensorStore raise many types for a full disk or a lost right.
         if distributed.is_first():
             remove_unfinished(folder.parent)
+        if out_of_memory(error):
+            raise
         reason = checkpoints.first_cause(error)
         raise OSError(
             f"The checkpoint {folder} cannot be written ({reason}); those before it are whole: "
@@ -102,7 +108,7 @@ def _reported_as_unwritten(folder: Path) -> Iterator[None]:
 def remove_unfinished(run: Path) -> None:
     """Removes what saves that ended in the middle have left in a run folder."""
     for folder in run.glob("[0-9]*"):
-        step, mark, _ = folder.name.partition(".orbax-checkpoint-tmp")
+        step, mark, _ = folder.name.partition(checkpoints.UNFINISHED)
         ours = step.isdigit() and (mark or (folder / "_CHECKPOINT_METADATA").is_file())
         if ours and not checkpoints.is_checkpoint(folder):
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,6 +12,7 @@ Where there are several processes all of them call these functions together; eac
 devices hold, and what one of them finds damaged is so for all.
 """
 
+import errno
 import json
 import math
 import os
@@ -41,6 +42,7 @@ FILE_BYTES = 64 * 2**20
 # Arrays are restored, and those that are Later saved, in groups of about this many bytes.
 GROUP_BYTES = 64 * 2**20
 CHECKSUMS = "checksums.json"
+UNFINISHED = ".orbax-checkpoint-tmp"  # behind the names of folders that Orbax is writing
 
 
 class DamagedError(ValueError):
@@ -297,7 +299,7 @@ def read_metadata(path: str | Path) -> tuple[dict, dict[str, str]]:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder at `path`: itself, or the latest complete step of a run folder.
 
-    Raises FileNotFoundError or ValueError in one sentence where there is none.
+    Raises FileNotFoundError in one sentence where there is none, ValueError for a Hugging Face one.
     """
     folder = Path(path).resolve()
     if not folder.is_dir():
@@ -312,7 +314,12 @@ def find_checkpoint(path: str | Path) -> Path:
             f"{path} is a Hugging Face folder: convert it with "
             f"python -m jflow.convert from-hf {path} --vae VAE --out DIR."
         )
-    raise ValueError(f"{path} is not a complete jflow checkpoint: it has no {CHECKSUMS}.")
+    raise FileNotFoundError(f"{path} is not a complete jflow checkpoint: it has no {CHECKSUMS}.")
+
+
+def agreed_on(path: str | Path) -> Path:
+    """`find_checkpoint`, the same for all processes: some may see the latest step later."""
+    return Path(distributed.gather_texts(str(find_checkpoint(path)))[0])
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -321,9 +328,11 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Deletes a checkpoint folder; stopped on the way, it leaves none that counts as one."""
-    (folder / CHECKSUMS).unlink()
-    shutil.rmtree(folder)
+    """Deletes a checkpoint folder; what stays of it, where that is stopped or some of it is in use,
+    has a name that counts for nothing."""
+    gone = folder.with_name(folder.name + UNFINISHED)
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def write_checksums(folder: Path) -> None:
@@ -407,16 +416,23 @@ def _checkpointer() -> ocp.Checkpointer:
 
 @contextmanager
 def _reported_as_damage(folder: Path) -> Iterator[None]:
-    """What fails in the block on one process is a DamagedError on all."""
-    cause, reason = None, ""
+    """What fails in the block on one process is a DamagedError on all; an OSError where the disk
+    failed, as nothing says then that the checkpoint is not good."""
+    cause, damage, failure = None, "", ""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # no fault of the files
     except Exception as error:
-        # Orbax and TensorStore raise many types, bare Exception among them.
         cause, reason = error, first_cause(error) or type(error).__name__
-    for found in filter(None, distributed.gather_texts(reason)):
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            failure = reason
+        else:  # Orbax and TensorStore raise many types, bare Exception among them.
+            damage = reason
+    texts = [json.loads(text) for text in distributed.gather_texts(json.dumps([damage, failure]))]
+    for found in filter(None, (failure for _, failure in texts)):
+        raise OSError(f"{folder} cannot be read ({found}): try the same command again.") from cause
+    for found in filter(None, (damage for damage, _ in texts)):
         raise DamagedError(f"The checkpoint {folder} is damaged or incomplete: {found}") from cause
 
 

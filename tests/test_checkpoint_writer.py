@@ -1,5 +1,7 @@
 """Checkpoints written in the background: what arrives, when it counts, what a failure leaves."""
 
+import errno
+import os
 import resource
 import shutil
 import threading
@@ -133,6 +135,32 @@ def test_a_folder_that_takes_no_files(tmp_path, writer):
     with pytest.raises(OSError, match="cannot be written"):
         writer.save(tmp_path / "run" / "00000001", tree(0), {}, {})
         writer.wait()
+
+
+def test_a_checkpoint_in_use_is_removed_in_the_end(tmp_path, older, monkeypatch):
+    """Network file systems keep files that another process has open; saving goes on."""
+
+    def busy(*args, **kwargs):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        checkpoints.remove_checkpoint(tmp_path / "00000001")
+    (left,) = tmp_path.iterdir()
+    assert left.name != "00000001"
+    remove_unfinished(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_want_of_memory_is_no_full_disk(tmp_path, writer, monkeypatch):
+    def full(folder):
+        raise MemoryError
+
+    monkeypatch.setattr(checkpoints, "write_checksums", full)
+    writer.save(tmp_path / "00000002", tree(2), {}, {})
+    with pytest.raises(MemoryError):
+        writer.wait()
+    assert not any(tmp_path.iterdir())
 
 
 def test_only_unfinished_checkpoints_are_removed(tmp_path, older):

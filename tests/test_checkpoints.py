@@ -1,5 +1,6 @@
 """Checkpoint folders: what comes back, and what is refused in one sentence."""
 
+import errno
 import gc
 import shutil
 import weakref
@@ -163,7 +164,7 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     for read in (checkpoints.load_checkpoint, checkpoints.read_metadata):
         with pytest.raises(FileNotFoundError, match="There is no checkpoint folder"):
             read(tmp_path / "nowhere")
-        with pytest.raises(ValueError, match="is not a complete jflow checkpoint"):
+        with pytest.raises(FileNotFoundError, match="is not a complete jflow checkpoint"):
             read(tmp_path)
         with pytest.raises(ValueError, match="python -m jflow.convert from-hf .*golden/tiny"):
             read(GOLDEN / "tiny")
@@ -191,13 +192,25 @@ def test_a_damaged_checkpoint_is_named(saved, name, damage):
         checkpoints.load_checkpoint(saved)
 
 
+def test_a_disk_that_fails_for_a_moment_damages_nothing(saved, monkeypatch):
+    """Or a run would go back to the checkpoint before, and remove this one as of another course."""
+
+    def failing(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="ckpt cannot be read .*5"):
+        patch.setattr(checkpoints, "_crc32", failing)
+        checkpoints.load_checkpoint(saved)
+    assert_same(checkpoints.load_checkpoint(saved)[0], params())
+
+
 def test_a_deleted_file_is_named(saved):
     file = largest(saved)
     file.unlink()
     with pytest.raises(ValueError, match=f"damaged or incomplete: .*{file.name} is missing"):
         checkpoints.load_checkpoint(saved)
     (saved / checkpoints.CHECKSUMS).unlink()
-    with pytest.raises(ValueError, match="not a complete jflow checkpoint: it has no checksums"):
+    with pytest.raises(FileNotFoundError, match="not a complete .*: it has no checksums"):
         checkpoints.load_checkpoint(saved)
 
 
