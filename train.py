@@ -27,14 +27,14 @@ from jflow.data.cache import ImageCache
 from jflow.data.encode import open_cache
 from jflow.data.pipeline import checkpoint_loader
 from jflow.images import ImageProcessor
-from jflow.inference.parts import check_parts, latent_shape
+from jflow.inference.parts import check_parts, latent_shape, read_processors
 from jflow.models import repa
 from jflow.models.attention import Implementation
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
 from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.plan import report
-from jflow.prompts import Tokenizer, trained_template
+from jflow.prompts import Tokenizer, image_tokens, trained_template
 from jflow.sharding import abstract, check_heads, make_mesh, place_batch, shardings
 from jflow.training import flops, lora, runs, state
 from jflow.training.config import TrainConfig
@@ -99,18 +99,17 @@ def first_state(params: dict, modules: Modules, config: TrainConfig) -> state.Tr
     return state.init(params, config.trainable, adamw(config.optimizer))
 
 
-def first_params(config: TrainConfig, mesh: Mesh) -> dict:
+def first_params(source: Path, mesh: Mesh) -> dict:
     """The parameters that the stage begins from; each device reads its own part alone."""
-    places = partial(shardings, mesh=mesh)
-    return checkpoints.load_checkpoint(config.init_from, sharding=places)[0]
+    return checkpoints.load_checkpoint(source, sharding=partial(shardings, mesh=mesh))[0]
 
 
 def begin(
-    modules: Modules, config: TrainConfig, like: state.TrainState, mesh: Mesh
+    source: Path, modules: Modules, config: TrainConfig, like: state.TrainState, mesh: Mesh
 ) -> state.TrainState:
     """`first_state` from the checkpoint on disk; each device makes its own part alone.
 
-    Args: like: the abstract state, which knows where it lies.
+    Args: source: its folder; like: the abstract state, which knows where it lies.
     """
     make = jax.jit(
         partial(first_state, modules=modules, config=config),
@@ -120,7 +119,7 @@ def begin(
     with warnings.catch_warnings():
         # What is trained becomes float32: stored in bfloat16, it needs other buffers.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        return make(first_params(config, mesh))
+        return make(first_params(source, mesh))
 
 
 def make_step(
@@ -151,8 +150,13 @@ def abstract_step(
     """(networks, state, step) that `run` trains with, the state as shapes on the mesh.
 
     Args: models, params: of the checkpoint to begin from, parameters as jax.ShapeDtypeStruct.
+
+    Raises ValueError in one sentence for a mesh that does not divide the model, and for a REPA head
+    of another width.
     """
     modules = build(models, config, attention)
+    language = modules.model.config.language
+    check_heads(language.num_attention_heads, language.kv_heads, mesh)
     like = jax.eval_shape(partial(first_state, modules=modules, config=config), params)
     like = abstract(like, mesh)
     return modules, like, make_step(modules, config, like, mesh)
@@ -174,6 +178,30 @@ def make_meter(
     return Meter(cost, peak, shares)
 
 
+def check_run(
+    config: TrainConfig, modules: Modules, tokenizer: Tokenizer, processor: ImageProcessor
+) -> None:
+    """Raises ValueError in one sentence where the checkpoint cannot be trained as it is to be."""
+    model = modules.model.config
+    check_parts(model, modules.vae, tokenizer, processor)
+    tasks = {source.task for source in config.data.sources}
+    words, last = model.language.vocab_size, max(image_tokens(tokenizer))
+    if "understanding" in tasks and last >= words:
+        raise ValueError(
+            f"The tags around an image have token ids up to {last}, but the model in "
+            f"{config.init_from} has only {words} embeddings: begin from one that has been "
+            f"converted with all its special tokens."
+        )
+    if "generation" not in tasks:
+        return
+    latent_shape(model, modules.vae and modules.vae.config)
+    if modules.repa is not None and not processor.is_centered:
+        raise ValueError(
+            f"REPA shows SigLIP the crops in [-1, 1], but the one in {config.init_from} expects "
+            f"another mean or deviation (preprocessor_config.json): set objective.repa_weight=0."
+        )
+
+
 def say(text: str) -> None:
     """Prints a line beside the progress bar, once for all processes."""
     if distributed.is_first():
@@ -182,19 +210,18 @@ def say(text: str) -> None:
 
 def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
     """Trains up to the last step, or to where it is told to stop; returns that step, saved."""
-    # 1. The checkpoint that the stage begins from: its models, tokenizer and parameters.
-    models, files = checkpoints.read_metadata(config.init_from)
+    # 1. What the stage begins from, and the step that it takes.
+    source = checkpoints.agreed_on(config.init_from)
+    models, files = checkpoints.read_metadata(source)
     models = {name: models.get(name) for name in ("janusflow", "siglip", "vae")}
-    modules = build(models, config)
-    tokenizer, processor = Tokenizer.from_files(files), ImageProcessor.from_files(files)
-    check_parts(modules.model.config, modules.vae, tokenizer, processor)
-    if any(source.task == "generation" for source in config.data.sources):
-        latent_shape(modules.model.config, modules.vae.config if modules.vae else None)
-    mesh, language = make_mesh(config.mesh), modules.model.config.language
-    check_heads(language.num_attention_heads, language.kv_heads, mesh)
+    mesh = make_mesh(config.mesh)
+    shapes = checkpoints.load_shapes(source)
+    modules, like, step_fn = abstract_step(config, models, shapes, mesh)
+    tokenizer, processor = read_processors(files, modules.model.config.siglip)
+    check_run(config, modules, tokenizer, processor)
     cache = None
     if config.data.cache:  # Its checksums need the parameters.
-        cache = open_cache(config, first_params(config, mesh), models)
+        cache = open_cache(config, first_params(source, mesh), models)
     share, shares = sharding.row_share(mesh)
     loader = checkpoint_loader(
         config.data,
@@ -210,17 +237,11 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
 
     # 2. The state: the run's own last checkpoint, else a fresh one.
     saved = runs.Checkpoints(folder, models, files, config, loader.records())
-    shapes = checkpoints.load_shapes(config.init_from)
-    like = jax.eval_shape(partial(first_state, modules=modules, config=config), shapes)
-    like = abstract(like, mesh)
-    now = saved.restore(like) or begin(modules, config, like, mesh)
+    now = saved.restore(like) or begin(source, modules, config, like, mesh)
     step = int(now.step)
     say(f"{config.name}: step {step} of {config.steps}, in {folder}")
 
-    # 3. The step.
-    step_fn = make_step(modules, config, like, mesh)
-
-    # 4. The loop. SIGTERM (a preempted machine) ends it after the step at hand.
+    # 3. The loop. SIGTERM (a preempted machine) ends it after the step at hand.
     told_to_stop = distributed.StopNotice()
     meter = make_meter(like, modules, config, cache, shares)
     first = distributed.is_first()
@@ -255,7 +276,7 @@ def run(config: TrainConfig, folder: Path, profile: int = 0) -> int:
                         f"an earlier checkpoint."
                     )
                 del now  # Two states may be too many for the devices.
-                now = saved.restore(like, good) or begin(modules, config, like, mesh)
+                now = saved.restore(like, good) or begin(source, modules, config, like, mesh)
                 back = int(now.step)
                 say(
                     f"steps {good + 1} to {step} were skipped: back to step {back}, and past the "

@@ -333,6 +333,8 @@ def main() -> None:
     # On a CPU a compiler has all cores already.
     with ThreadPoolExecutor(len(settings) if kind == "gpu" else 1) as pool:
         programs = [each for each in pool.map(partial(prepare, size), settings) if each]
+    if not programs:
+        parser.error("no setting of this size and task compiles here")
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
     rates, rows, state, last = [], [], None, None
     for program in programs:

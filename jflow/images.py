@@ -83,12 +83,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+_CLIP = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What the understanding encoder sees (VLMImageProcessor): fields of preprocessor_config.json.
-
-    The released defaults for mean and std are CLIP's; JanusFlow's file says 0.5.
-    """
+    """What the understanding encoder sees (VLMImageProcessor), as preprocessor_config.json says."""
 
     image_size: int = 384
     min_size: int = 14
@@ -98,14 +101,28 @@ class ImageProcessor:
     do_normalize: bool = True
 
     @classmethod
-    def from_files(cls, files: Mapping[str, str]) -> "ImageProcessor":
-        """Reads preprocessor_config.json; without one, JanusFlow's values hold."""
-        config = json.loads(files.get("preprocessor_config.json", "{}"))
-        known = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        for name in ("image_mean", "image_std"):
-            if name in known:
-                known[name] = tuple(known[name])
-        return cls(**known)
+    def from_files(cls, files: Mapping[str, str], image_size: int = 384) -> "ImageProcessor":
+        """Reads preprocessor_config.json, in which the released defaults for mean and std are
+        CLIP's; without one, JanusFlow's values hold.
+
+        Args: image_size: where the file says nothing.
+
+        Raises ValueError for a mean or a deviation that is not one number for each color.
+        """
+        file = "preprocessor_config.json"
+        if file not in files:
+            return cls(image_size)
+        config = {"image_size": image_size} | _CLIP | json.loads(files[file])
+        for name in _CLIP:
+            if not isinstance(config[name], list | tuple) or len(config[name]) != 3:
+                raise ValueError(f"{name} in {file} is {config[name]}, not three numbers.")
+            config[name] = tuple(config[name])
+        return cls(**{name: config[name] for name in cls.__dataclass_fields__ if name in config})
+
+    @property
+    def is_centered(self) -> bool:
+        """Whether what it makes of pixels is theirs in [-1, 1]."""
+        return self.do_normalize and {*self.image_mean, *self.image_std} == {0.5}
 
     def resize_and_pad(self, image: Image.Image) -> np.ndarray:
         """RGB image -> uint8 [S, S, 3]: long side to S, centred on the colour of the mean."""

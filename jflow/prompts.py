@@ -17,11 +17,19 @@ DEFAULT_SYSTEM_PROMPT = (
     "and assist the user with a variety of tasks using natural language."
 )
 IMAGE_TAG = "<image_placeholder>"
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+# What the released processor calls each tag, in the order in which it adds those that are missing.
+TAGS = {
+    "image_tag": IMAGE_TAG,
+    "image_gen_tag": "<｜begin▁of▁generation｜>",
+    "image_start_tag": "<begin_of_image>",
+    "image_end_tag": "<end_of_image>",
+}
+LLAVA_TAG = "<image>"  # what LLaVA's files, and people, write for it
 # "chat" is the released one; "pretrain" is the paper's for stages 1 and 2: captions and questions
 # without roles, questions behind their images.
 Template = Literal["chat", "pretrain"]
 JOINED = "The tokenizer joins a question and its reply in one token: end it with a space or a mark."
-_END_OF_TURN = "<｜end▁of▁sentence｜>"
 
 
 @dataclass(frozen=True)
@@ -88,19 +96,10 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         # Before anything is appended: without embeddings, these two would be of no use.
-        self.bos_id = self._id(_text(special.get("bos_token"), "<｜begin▁of▁sentence｜>"))
-        self.eos_id = self._id(_text(special.get("eos_token"), _END_OF_TURN))
+        self.bos_id = self._id(_text(special.get("bos_token"), BOS))
+        self.eos_id = self._id(_text(special.get("eos_token"), EOS))
         _append_missing(tokenizer, special)
-        tags = {
-            name: _text(processor.get(name), default)
-            for name, default in (
-                # In the order in which the released processor adds those that are missing.
-                ("image_tag", IMAGE_TAG),
-                ("image_gen_tag", "<｜begin▁of▁generation｜>"),
-                ("image_start_tag", "<begin_of_image>"),
-                ("image_end_tag", "<end_of_image>"),
-            )
-        }
+        tags = {name: _text(processor.get(name), tag) for name, tag in TAGS.items()}
         for tag in tags.values():
             if tokenizer.token_to_id(tag) is None:
                 tokenizer.add_special_tokens([tag])
@@ -109,17 +108,19 @@ class Tokenizer:
         self.image_start_id = tokenizer.token_to_id(tags["image_start_tag"])
         self.image_end_id = tokenizer.token_to_id(tags["image_end_tag"])
         self.image_tag = tags["image_tag"]
-        pad = tokenizer.token_to_id("<｜▁pad▁｜>")
+        pad = tokenizer.token_to_id(PAD)
         self.pad_id = self.eos_id if pad is None else pad
-        self.num_image_tokens = processor.get("num_image_tokens", 576)
+        self.num_image_tokens = processor["num_image_tokens"]
         self.vocab_size = tokenizer.get_vocab_size()
         # Our texts have the released tag for an image, whatever this tokenizer calls it.
         tokenizer.add_special_tokens([IMAGE_TAG])
         self._released_image_id = tokenizer.token_to_id(IMAGE_TAG)
 
     @classmethod
-    def from_files(cls, files: Mapping[str, str]) -> "Tokenizer":
+    def from_files(cls, files: Mapping[str, str], num_image_tokens: int = 576) -> "Tokenizer":
         """Reads the text of tokenizer.json and, where there, of the files beside it.
+
+        Args: num_image_tokens: where processor_config.json says nothing.
 
         Raises ValueError in one sentence if tokenizer.json is missing or is none.
         """
@@ -136,7 +137,8 @@ class Tokenizer:
         # Neither is for us: what is too long is refused, not cut.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        processor = _parse(files, "processor_config.json")
+        processor = {"num_image_tokens": num_image_tokens}
+        processor |= _parse(files, "processor_config.json")
         return cls(tokenizer, special, processor, config.get("add_bos_token", True))
 
     def _id(self, token: str) -> int:
@@ -180,19 +182,26 @@ def chat_text(messages: Sequence[Message], system_prompt: str) -> str:
     for turn, message in enumerate(messages):
         content = message.content.strip()
         if content:
-            text += f"{message.role}: {content}" + ("\n\n", _END_OF_TURN)[turn % 2]
+            text += f"{message.role}: {content}" + ("\n\n", EOS)[turn % 2]
         else:
             text += f"{message.role}:"
     return text.strip()
 
 
+def with_placeholders(text: str) -> str:
+    """The text with the model's own placeholder for each <image>."""
+    return text.replace(LLAVA_TAG, IMAGE_TAG)
+
+
 def user_question(question: str, num_images: int) -> str:
-    """The user's turn about images: their placeholders, a line each, unless it has its own.
+    """The user's turn about images: their placeholders, a line each, unless it says where they go
+    (<image> or the model's own).
 
     Raises ValueError for an empty question.
     """
     if not question.strip():
         raise ValueError("The question is empty: write what you want to know.")
+    question = with_placeholders(question)
     if IMAGE_TAG in question:
         return question
     return f"{IMAGE_TAG}\n" * num_images + question

@@ -6,7 +6,8 @@
 #     scripts/tpu.sh install                     # this checkout and its packages, on all hosts
 #     scripts/tpu.sh train --config configs/pretrain.py --run /mnt/shared/pretrain hardware=v5e-64
 #     scripts/tpu.sh log | stop | delete         # host 0's output; save and end; give it back
-#     scripts/tpu.sh keep [--spot] -- --config ...    # all of it, and again when it was taken away
+#     scripts/tpu.sh keep [--spot] -- --config ...    # all of it, and again when it was taken away;
+#                                                # end it before `stop` and `delete`
 #
 # TYPE and RUNTIME: v5litepod-64 with v2-alpha-tpuv5-lite, v5p-64 (counted in cores: 32 chips) with
 # v2-alpha-tpuv5, v6e-64 with v2-alpha-tpuv6e. The run folder must be one that all hosts see; MOUNT

@@ -116,6 +116,24 @@ def test_no_tokenizer(refused, tiny_ckpt, tmp_path):
     assert "holds no tokenizer.json" in refused(f"init_from={tmp_path / 'without'}")
 
 
+def test_tags_without_embeddings(refused, tiny_ckpt, tmp_path):
+    """The step would have NaN for them."""
+    params, models, files = checkpoints.load_checkpoint(tiny_ckpt)
+    tags = {"image_end_tag": "<over>", "image_start_tag": "<from>"}
+    files["processor_config.json"] = json.dumps(json.loads(files["processor_config.json"]) | tags)
+    checkpoints.save_checkpoint(tmp_path / "tagged", params, models, files)
+    said = refused(f"init_from={tmp_path / 'tagged'}")
+    assert "have token ids up to 514, but the model" in said and "only 512 embeddings" in said
+
+
+def test_repa_with_another_mean(refused, tiny_ckpt, tmp_path):
+    params, models, files = checkpoints.load_checkpoint(tiny_ckpt)
+    files["preprocessor_config.json"] = '{"image_size": 64}'
+    checkpoints.save_checkpoint(tmp_path / "clip", params, models, files)
+    said = refused(f"init_from={tmp_path / 'clip'}")
+    assert "expects another mean or deviation" in said and "objective.repa_weight=0" in said
+
+
 def test_a_checkpoint_that_is_none(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "There is no checkpoint folder nowhere" in refused("init_from=nowhere")

@@ -11,13 +11,15 @@ from jflow.evals import __main__ as cli
 from jflow.evals.benchmark import BenchmarkConfig, answer_scores, ask, draw
 from jflow.evals.geneval import score, shuffled
 from jflow.evals.pages import answer_page, drawing_page
-from jflow.images import to_uint8
+from jflow.images import ImageProcessor, to_uint8
 
 CONFIG = BenchmarkConfig(prompts=24, pictures=6, batch_size=7)
 
 
 class Oracle:
     """Draws what the records of a split say, and looks answers up by picture and question."""
+
+    processor = ImageProcessor(image_size=40)  # It is asked about pictures of its own size.
 
     def __init__(self):
         self.scenes, self.answers = {}, {}
@@ -28,7 +30,7 @@ class Oracle:
                 self.scenes[split, i] = shapes.scene_for(record, split, rng)
             for i in range(CONFIG.pictures):
                 example = shapes.example(CONFIG.seed, split, i)
-                picture = to_uint8(render(example.scene)).tobytes()
+                picture = to_uint8(render(example.scene, 40)).tobytes()
                 for q in example.questions:
                     self.answers[picture, q.question] = q.answer
         self.split = "seen"

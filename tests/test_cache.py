@@ -121,17 +121,28 @@ def test_the_objective_is_the_same_from_moments_and_features():
     jax.tree.map(close, loss(Batch(None, cached)), want)
     halfway = rows.replace(moments=moments)
     jax.tree.map(close, loss(Batch(None, halfway)), want)
+
+    def without_repa(rows):
+        config = ObjectiveConfig(repa_layer=1, repa_weight=0)
+        batch, parts = Batch(None, rows), modules()
+        return objectives.janusflow(tree, batch, batch, 7, seed=5, modules=parts, config=config)
+
+    alone = cached.replace(features=None)
+    jax.tree.map(close, jax.jit(without_repa)(alone), jax.jit(without_repa)(halfway))
     other = cached.replace(moments=moments + 1)
     assert abs(loss(Batch(None, other))[0] - want[0]) > 1e-3
 
 
 def test_features_are_unused_where_siglip_is_trained_or_repa_is_off(run):
-    """Then the pictures are there, cropped as the moments were."""
+    """Where SigLIP is trained the pictures are there, cropped as the moments were; without REPA
+    nothing reads them."""
     config = run[0]
     off = dataclasses.replace(config.objective, repa_weight=0.0)
+    images = next(open_loader(run, objective=off).batches())[0].images
+    assert images.features is None and images.pixels is None and images.moments is not None
     factors = LoraConfig(targets=("janusflow/vision_und_enc_model/",))
     with_lora = {"trainable": (*config.trainable, FACTORS), "lora": factors}
-    for changes in ({"trainable": SFT}, {"objective": off}, with_lora):
+    for changes in ({"trainable": SFT}, with_lora):
         loader = open_loader(run, **changes)
         images = next(loader.batches())[0].images
         assert images.features is None and images.moments is not None

@@ -94,7 +94,9 @@ def test_config_is_generated_where_none_travelled(tmp_path):
     assert JanusFlowConfig.from_hf(config, siglip) == JanusFlowConfig.from_hf(*want)
     written, given = ((folder / CONFIG).read_text() for folder in (out / "vae", VAE))
     assert json.loads(written) == json.loads(given)
-    assert main(["from-hf", str(out), "--vae", str(out / "vae"), "--out", str(tmp_path / "2")]) == 0
+    # And the VAE is found where it was put.
+    assert main(["from-hf", str(out), "--out", str(tmp_path / "2")]) == 0
+    assert checkpoints.load_checkpoint(tmp_path / "2")[0].keys() == {"janusflow", "vae"}
 
 
 def test_legacy_vae_names_are_read(tmp_path):
@@ -212,8 +214,13 @@ def test_weights_that_nothing_runs_with_are_said_to_be(tmp_path, capsys):
     source = shutil.copytree(TINY, tmp_path / "src")
     (source / "tokenizer.json").unlink()
     assert main(["from-hf", str(source), "--out", str(tmp_path / "ckpt")]) == 0
-    assert "nothing will run with" in (said := capsys.readouterr().err)
+    assert "warning: " in (said := capsys.readouterr().err)
     assert "holds no tokenizer.json" in said
+
+
+def test_without_a_vae_it_is_said_that_nothing_will_be_drawn(tmp_path, capsys):
+    assert main(["from-hf", str(TINY), "--out", str(tmp_path / "ckpt")]) == 0
+    assert "warning: This checkpoint has no VAE" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):

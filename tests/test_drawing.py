@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jflow import flow, prompts
+from jflow import checkpoints, flow, prompts
 from jflow.inference.image import (
     decode_latents,
     encode_pixels,
     initial_noise,
     sample_latents,
 )
-from jflow.inference.parts import check_parts, latent_shape
+from jflow.inference.parts import check_parts, latent_shape, read_processors
 from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, pad_rows
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.layers import Precision
@@ -222,6 +222,17 @@ def test_parts_that_do_not_fit_are_all_named(tiny):
     processor = replace(tiny.processor, image_size=96)
     with pytest.raises(ValueError, match=r"image_size .*\(96\).*; the VAE's latent_channels \(8\)"):
         check_parts(tiny.model.config, vae, tiny.tokenizer, processor)
+
+
+def test_files_of_processors_may_be_absent(tiny, tiny_ckpt):
+    """Then SigLIP says what they would have."""
+    _, files = checkpoints.read_metadata(tiny_ckpt)
+    kept = {name: text for name, text in files.items() if "processor" not in name}
+    assert len(kept) == len(files) - 2
+    tokenizer, processor = read_processors(kept, tiny.model.config.siglip)
+    assert processor == tiny.processor
+    assert tokenizer.num_image_tokens == tiny.tokenizer.num_image_tokens != 576
+    check_parts(tiny.model.config, tiny.vae, tokenizer, processor)
 
 
 def test_sizes_that_the_decoder_does_not_give_back_cannot_be_drawn(tiny):

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from jflow import images
 from jflow.images import ImageProcessor
@@ -70,6 +71,18 @@ def test_processor_of_the_checkpoint():
     np.testing.assert_array_equal(
         ImageProcessor.from_files({name: text}).preprocess(white)[16, 16], [1, 1, 1]
     )
+
+
+def test_what_the_file_of_a_processor_leaves_open():
+    """The released defaults, which are CLIP's; without a file, what JanusFlow's file says."""
+    name = "preprocessor_config.json"
+    bare = ImageProcessor.from_files({name: "{}"}, image_size=32)
+    assert bare.image_size == 32 and not bare.is_centered
+    assert list(bare.image_mean) == OPENAI_CLIP_MEAN and list(bare.image_std) == OPENAI_CLIP_STD
+    assert ImageProcessor.from_files({}, 32) == ImageProcessor(32)
+    assert ImageProcessor(32).is_centered
+    with pytest.raises(ValueError, match="image_std in preprocessor_config.json is None"):
+        ImageProcessor.from_files({name: '{"image_std": null}'})
 
 
 @pytest.mark.parametrize("size", [(1, 50), (50, 1), (1, 1), (3, 2000)])

@@ -188,6 +188,14 @@ def test_refuses_what_it_cannot_express(field, value):
         LlamaConfig.from_hf({field: value})
 
 
+def test_no_scaling_of_rope_has_many_names():
+    for none in (
+        {"rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"rope_type": "default"}},
+    ):
+        assert LlamaConfig.from_hf(none) == LlamaConfig.from_hf({"rope_scaling": None})
+
+
 def test_tap_outside_the_model_is_an_error():
     _, model, variables, tokens = setup(0)
     x = model.apply(variables, tokens, method="embed")

@@ -28,10 +28,10 @@ from jflow.models.layers import Precision
 from jflow.models.llama import Llama, LlamaConfig
 from jflow.models.vae import VAEConfig
 from jflow.plan import abstract, compiling, hlo, program, report, sampling, topology, training, work
-from jflow.sharding import MeshConfig, make_mesh, shardings
+from jflow.sharding import MeshConfig, check_heads, make_mesh, shardings
 from jflow.sharding import abstract as placed
 from jflow.training import flops
-from tests import tiny_training
+from tests import programs, tiny_training
 
 REPO = Path(__file__).resolve().parent.parent
 GOLDEN = REPO / "tests" / "golden"
@@ -99,13 +99,15 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys, name, missing, extra):
     assert len(lines) == 2 and all(f".[{extra}]" in line for line in lines)
 
 
-def test_the_released_model_is_known():
+def test_the_released_model_is_known(tmp_path):
     """The sizes of the released config, and its parameters to the last one."""
     released = described("janusflow_1p3b")
     assert JanusFlowConfig.from_hf(released["config"]) == abstract.RELEASED
     assert VAEConfig.from_hf(described("sdxl_vae")["config"]) == abstract.RELEASED_VAE
-    _, params, found = abstract.begin("no/such/checkpoint")
-    assert not found
+    (tmp_path / "check.json").write_text("{}")  # What `jflow.data check` leaves in a run's folder.
+    for path in (tmp_path, "no/such/checkpoint"):
+        _, params, found = abstract.begin(str(path))
+        assert not found
     sizes = [leaf.size for leaf in jax.tree.leaves(params["janusflow"])]
     assert sum(sizes) == released["n_params"]
 
@@ -164,7 +166,7 @@ def test_the_sampler_computes_what_the_closed_form_says():
     assert full == pytest.approx(92.1e12, rel=0.05)
 
 
-@pytest.mark.parametrize("cached", [set(), {"vae"}, {"vae", "siglip"}])
+@pytest.mark.parametrize("cached", [set(), {"vae"}, {"vae", "crop"}, {"vae", "siglip", "crop"}])
 def test_the_batch_of_a_plan_is_that_of_a_loader(cached):
     """Shapes and dtypes: rows as `packing` makes them, moments and features as the networks do."""
     data = load(REPO / "configs" / "pretrain.py", ["data.batch_rows=5"]).data
@@ -178,7 +180,8 @@ def test_the_batch_of_a_plan_is_that_of_a_loader(cached):
 
     moments = np.stack(encoded(parts.vae, "vae", "encode"))
     features = encoded(parts.model, "janusflow", "image_features")
-    blank = CachedImage(-1, moments, features if "siglip" in cached else None)
+    features = features if "siglip" in cached else None
+    blank = CachedImage(-1, moments, features, with_crop="crop" not in cached)
     tokens = tiny_training.TOKENS
     sizes = 32, tokens, blank if cached else None
     text = packing.text_row([], data.max_seq_len, data.images_per_row, 32, tokens)
@@ -206,7 +209,10 @@ class Unrun:
 
 
 def small_step(config, models, params, mesh, attention):
+    """What train.abstract_step gives, and refuses."""
     parts = tiny_training.modules()
+    language = parts.model.config.language
+    check_heads(language.num_attention_heads, language.kv_heads, mesh)
     state = jax.eval_shape(partial(train.first_state, modules=parts, config=config), params)
     return parts, placed(state, mesh), Unrun(config.optimizer.accumulate)
 
@@ -372,8 +378,8 @@ def test_a_step_compiled_for_tpus(as_trained):
     length, layers = 1024, 3
     compiled, closed = llama_step("v5e:2x2", layers, MeshConfig(1, 4, 1), 8, length)
     assert compiled.figures.flops == pytest.approx(closed, rel=1e-6)
-    assert not program.dense_masks(compiled.text, length)
-    assert 0 < program.largest_gather(compiled.text) <= 256 * 768
+    assert not programs.dense_masks(compiled.text, length)
+    assert 0 < programs.largest_gather(compiled.text) <= 256 * 768
     # The weights of a layer, from three other chips, when it is computed and when it is again.
     weights = layers * (4 * 256**2 + 3 * 256 * 768) * 2
     assert compiled.figures.received >= 2 * 0.75 * weights
@@ -414,10 +420,10 @@ def check_plan(found: training.Plan) -> None:
         counted = figures.flops * found.topology.count
         assert counted == pytest.approx(step.program_flops, rel=0.05)
         length = found.config.data.max_seq_len
-        assert not program.dense_masks(text, length)
+        assert not programs.dense_masks(text, length)
         words = language.vocab_size // found.mesh["tensor"]
-        assert not program.full_logits(text, step.rows[0] // rows * length, words)
-        assert program.largest_gather(text) <= language.vocab_size * language.hidden_size
+        assert not programs.full_logits(text, step.rows[0] // rows * length, words)
+        assert programs.largest_gather(text) <= language.vocab_size * language.hidden_size
         # Weights are gathered whole, not sent around in pieces (sharding.compiler_options).
         pieces = figures.collectives.get("collective-permute")
         assert pieces is None or pieces.count < language.num_hidden_layers

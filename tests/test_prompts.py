@@ -294,6 +294,12 @@ def test_another_image_tag_means_the_same():
     assert renamed.vocab_size == released.vocab_size and renamed.image_tag == "<picture>"
 
 
+def test_a_question_may_say_where_its_images_stand():
+    """In the words of LLaVA's files, as training reads them."""
+    asked = prompts.user_question("Is <image> older than <image>?", 2)
+    assert asked == "Is <image_placeholder> older than <image_placeholder>?"
+
+
 @pytest.mark.parametrize("num_images", [0, 1, 2, 3])
 def test_understanding_tokens(tokenizer, num_images):
     n = tokenizer.num_image_tokens

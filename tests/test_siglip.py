@@ -125,6 +125,12 @@ def test_the_released_name_keeps_all_24_blocks():
     assert SiglipConfig.from_hf(params | {"select_layer": 20}).layers == 20
 
 
+def test_an_image_size_may_have_two_sides():
+    assert SiglipConfig.from_hf({"image_size": [384, 384]}).image_size == 384
+    with pytest.raises(ValueError, match="images are square"):
+        SiglipConfig.from_hf({"image_size": [384, 256]})
+
+
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="siglip_model_config.json.*" + list(SIGLIP_BY_NAME)[0]):
         SiglipConfig.from_hf({"model_name": "siglip_huge"})

@@ -36,8 +36,7 @@ from jflow.convert.engine import (
 )
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES, LANGUAGE_RULES
 from jflow.convert.vae_rules import LEGACY_VAE_NAMES, VAE_RULES
-from jflow.images import ImageProcessor
-from jflow.inference.parts import check_parts
+from jflow.inference.parts import check_parts, latent_shape, read_processors
 from jflow.models.janusflow import JanusFlowConfig, abstract_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
@@ -149,12 +148,15 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
     """Converts the released format to a checkpoint folder `out`.
 
     Args:
-      source, vae_source: folders or hub names of JanusFlow and of diffusers' AutoencoderKL.
+      source, vae_source: folders or hub names of JanusFlow and of diffusers' AutoencoderKL; None
+        for the one in source/vae, where `to_hf` puts it, or for none.
 
     Raises ValueError or OSError for sources that are not that; then nothing is written.
     """
     folders.require_new(out)
     folder = fetch(source, ["*.json", "*.safetensors"])
+    if vae_source is None and (folder / "vae" / CONFIG).is_file():
+        vae_source = str(folder / "vae")
     released, files = read_config(folder)
     siglip = json.loads(files[SIGLIP]) if SIGLIP in files else None
     config = {"janusflow": released, "siglip": siglip}
@@ -165,12 +167,11 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
         vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
         sources.append(vae)
     try:
-        check_parts(
-            model, vae_module, Tokenizer.from_files(files), ImageProcessor.from_files(files)
-        )
+        check_parts(model, vae_module, *read_processors(files, model.siglip))
+        latent_shape(model, vae_module and vae_module.config)
     except ValueError as error:
         # Weights alone are worth having, too.
-        print(f"jflow.convert: nothing will run with {out}. {error}", file=sys.stderr)
+        print(f"jflow.convert: warning: {error}", file=sys.stderr)
     with open_models(sources) as params:
         checkpoints.save_checkpoint(out, params, config, files)
 
@@ -210,7 +211,7 @@ def from_parts(
     files |= {SIGLIP: json.dumps(config["siglip"], indent=2)}
     config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
     vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
-    check_parts(model, vae_module, tokenizer, ImageProcessor.from_files(files))
+    check_parts(model, vae_module, *read_processors(files, model.siglip))
 
     language_leaves, siglip_leaves = part_leaves(model, language_config.vocab_size)
     vision = siglip_rules.vision_tensors(find_tensors(siglip_folder))

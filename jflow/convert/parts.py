@@ -18,17 +18,10 @@ from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
 from jflow.models.uvit import GenDecoderConfig, GenEncoderConfig
+from jflow.prompts import BOS, EOS, PAD, TAGS
 
 LANGUAGE, SIGLIP = "language_model", "vision_und_enc_model"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-PAD = "<｜▁pad▁｜>"
-# What the released processor calls each tag, in the order in which it adds those that are missing.
-TAGS = {
-    "image_tag": "<image_placeholder>",
-    "image_gen_tag": "<｜begin▁of▁generation｜>",
-    "image_start_tag": "<begin_of_image>",
-    "image_end_tag": "<end_of_image>",
-}
 
 
 def join_configs(
@@ -97,7 +90,7 @@ def tokenizer_files(files: Mapping[str, str], siglip: SiglipConfig) -> dict[str,
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"The language model's tokenizer.json is damaged: {error}.") from error
     # The chat template ends a reply with this very token.
-    for token in ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"):
+    for token in (BOS, EOS):
         if tokenizer.token_to_id(token) is None:
             raise ValueError(
                 f"The language model's tokenizer has no {token}, which JanusFlow's template is "

@@ -64,10 +64,11 @@ class ImageCache:
     Args:
       folder: where `encode` wrote it.
       fingerprint: the run's own. Without encoders.siglip, cached features are left unread.
+      repa: whether SigLIP's features of the crops are needed, from here or made of the crops.
     """
 
-    def __init__(self, folder: str, fingerprint: Fingerprint):
-        self._folder, self._fingerprint = Path(folder), fingerprint
+    def __init__(self, folder: str, fingerprint: Fingerprint, repa: bool):
+        self._folder, self._fingerprint, self._repa = Path(folder), fingerprint, repa
         if not (self._folder / INFO).is_file():
             raise FileNotFoundError(
                 f"There is no cache in {folder}: write one with python -m jflow.data cache."
@@ -87,11 +88,12 @@ class ImageCache:
             index=-1,
             moments=np.zeros(self._moments[0].shape[1:], np.float32),
             features=np.zeros(self._features[0].shape[1:], np.float32) if with_features else None,
+            with_crop=repa and not with_features,
         )
 
     def __reduce__(self):
         """Another process opens the files for itself."""
-        return ImageCache, (str(self._folder), self._fingerprint)
+        return ImageCache, (str(self._folder), self._fingerprint, self._repa)
 
     def _open(self, name: str) -> np.ndarray:
         try:
@@ -136,4 +138,5 @@ class ImageCache:
                 f"with python -m jflow.data cache, or set data.cache to ''."
             )
         features = np.array(self._features[which][index]) if self._features else None
-        return CachedImage(index, np.array(self._moments[which][index]), features)
+        moments = np.array(self._moments[which][index])
+        return CachedImage(index, moments, features, self.blank.with_crop)

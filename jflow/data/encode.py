@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ _SIGLIP = "vision_und_enc_model"
 
 
 def cached_encoders(params: dict, config: TrainConfig) -> set[str]:
-    """Which networks a cache stands in for: "vae", and "siglip" where REPA needs it untrained.
+    """What a cache stands in for: "vae", "siglip" where REPA needs it untrained, and "crop" where
+    nothing else reads the crops.
 
     Args: params: that the run begins with; their shapes are enough.
 
@@ -46,7 +48,9 @@ def cached_encoders(params: dict, config: TrainConfig) -> set[str]:
     patterns = (*config.trainable, *(config.lora.targets if config.lora else ()))
     paths = flatten_dict(_siglip(params), sep="/")
     trained = any(re.match(pattern, path) for pattern in patterns for path in paths)
-    return {"vae"} if trained or not config.objective.repa_weight else {"vae", "siglip"}
+    if not config.objective.repa_weight:
+        return {"vae", "crop"}
+    return {"vae"} if trained else {"vae", "siglip", "crop"}
 
 
 def encoders_of(params: dict, config: TrainConfig) -> Encoders:
@@ -72,8 +76,8 @@ def open_cache(config: TrainConfig, params: dict, models: dict) -> ImageCache | 
     if not config.data.cache:
         return None
     size = JanusFlowConfig.from_hf(models["janusflow"], models.get("siglip")).siglip.image_size
-    encoders = encoders_of(params, config)
-    return ImageCache(config.data.cache, Fingerprint(encoders, size, config.data.seed))
+    fingerprint = Fingerprint(encoders_of(params, config), size, config.data.seed)
+    return ImageCache(config.data.cache, fingerprint, repa=config.objective.repa_weight != 0)
 
 
 def _checksum(params: dict) -> int:
@@ -181,13 +185,16 @@ def _crop_batches(
     source: Source, size: int, data: DataConfig, batch: int
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, int] | str]]]:
     """(first record, what `_crops` makes), the next batch made meanwhile."""
-    pool = workers.pool(data.workers) if data.workers else ThreadPoolExecutor(data.pool_size)
+    if data.workers:  # Each of them is given the source once: its index may be large.
+        pool, make = workers.pool(data.workers, _begin_worker, source), _crops_of_worker
+    else:
+        pool, make = ThreadPoolExecutor(data.pool_size), partial(_crops, source)
     share = -(-batch // (data.workers or data.pool_size))
 
     def ask(start: int) -> list[Future]:
         indices = range(start, min(start + batch, len(source)))
         parts = [indices[i : i + share] for i in range(0, len(indices), share)]
-        return [pool.submit(_crops, source, size, data.seed, part) for part in parts]
+        return [pool.submit(make, size, data.seed, part) for part in parts]
 
     starts = range(0, len(source), batch)
     with pool:
@@ -195,6 +202,15 @@ def _crop_batches(
         for start in starts:
             ready, waiting = waiting, ask(start + batch)
             yield start, [crop for future in ready for crop in future.result()]
+
+
+def _begin_worker(source: Source) -> None:
+    global _source
+    _source = source
+
+
+def _crops_of_worker(*args: Any) -> list[tuple[np.ndarray, int] | str]:
+    return _crops(_source, *args)
 
 
 def _crops(

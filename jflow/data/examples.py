@@ -19,7 +19,6 @@ from jflow.images import ImageProcessor, decode, from_uint8, to_rgb
 from jflow.prompts import DEFAULT_SYSTEM_PROMPT, IMAGE_TAG, Message, Template, Tokenizer
 
 CAPTION_QUESTION = "Generate the caption of this picture."
-_LLAVA_TAG = "<image>"
 _ROLES = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 
 
@@ -46,12 +45,13 @@ class CachedImage:
     """What a network made of the crop of record `index` before training, see `cache`.
 
     moments: [2, h, w, c] float32, mean and log variance of the VAE's posterior. features: [N, D]
-    float32 of SigLIP, or None.
+    float32 of SigLIP, or None. with_crop: whether the crop itself is read, too.
     """
 
     index: int
     moments: np.ndarray
     features: np.ndarray | None
+    with_crop: bool
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class Example:
 
     tokens: [n] int32. targets: [n] int32, the token that position i must predict, -1 for none.
     positions: [n] int32, 0 to n - 1 but behind a dropped prompt. pixels: [k, S, S, 3] float32 in
-    [-1, 1], for SigLIP, or the one crop to generate (none where the cache holds all that is made of
-    it). slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
+    [-1, 1], for SigLIP, or the one crop to generate (none where nothing reads it: the cache holds
+    all that is made of it). slots: [k, 1 + N] int32, where their vectors go. cached: of the crop.
     """
 
     tokens: np.ndarray
@@ -145,7 +145,7 @@ def generation_example(
         tokens, positions = tokens[kept], positions[kept]
     if cached is None:
         pixels = _crop(record, fmt.image_size, generator(fmt.seed, "crop", sample_id))
-    elif cached.features is None:
+    elif cached.with_crop:
         pixels = cached_crop(record, fmt.image_size, fmt.seed, cached.index)
     else:
         pixels = np.zeros((0, fmt.image_size, fmt.image_size, 3), np.float32)
@@ -209,7 +209,7 @@ def _messages(record: dict[str, Any], rng: np.random.Generator) -> list[Message]
         turns = record["conversations"]
         messages = [_message(turn) for turn in (turns if isinstance(turns, list) else [turns])]
     elif "question" in record or "answer" in record:
-        question = _text(record, "question").replace(_LLAVA_TAG, IMAGE_TAG)
+        question = prompts.with_placeholders(_text(record, "question"))
         messages = [Message("User", question), Message("Assistant", _text(record, "answer"))]
     else:
         caption = _choose(record, rng)
@@ -222,7 +222,7 @@ def _messages(record: dict[str, Any], rng: np.random.Generator) -> list[Message]
     if any(not message.content.strip() for message in messages):
         raise ValueError("a turn of its conversation is empty")
     if any(IMAGE_TAG in message.content for message in messages[1::2]):
-        raise ValueError(f"a reply holds {_LLAVA_TAG}")
+        raise ValueError(f"a reply holds {prompts.LLAVA_TAG}")
     if not any(IMAGE_TAG in message.content for message in messages):
         first = prompts.user_question(messages[0].content, len(record.get("images", [])))
         messages[0] = Message("User", first)
@@ -235,7 +235,7 @@ def _message(turn: Any) -> Message:
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if not isinstance(content, str) or not isinstance(role, str) or role not in _ROLES:
         raise ValueError("a turn of its conversation lacks from (human or gpt) or value (a text)")
-    return Message(_ROLES[role], content.replace(_LLAVA_TAG, IMAGE_TAG))
+    return Message(_ROLES[role], prompts.with_placeholders(content))
 
 
 def _chat(

@@ -109,7 +109,9 @@ def image_row(
         tokens=tokens,
         positions=positions,
         segment_ids=segments,
-        pixels=_pixels(examples, row_images, image_size) if features is None else None,
+        pixels=_pixels(examples, row_images, image_size)
+        if blank is None or blank.with_crop
+        else None,
         slots=_slots(examples, row_len, row_images, 1 + image_tokens),
         sample_ids=ids,
         moments=moments,

@@ -30,6 +30,7 @@ from jflow.data.mixture import TASKS, DataConfig, Row, Task, batch_rows, part_si
 from jflow.data.streams import TaskStream
 from jflow.distributed import gather_texts
 from jflow.images import ImageProcessor
+from jflow.inference.parts import read_processors
 from jflow.models.janusflow import JanusFlowConfig
 from jflow.models.vae import VAEConfig, latent_side
 from jflow.prompts import Tokenizer
@@ -331,8 +332,7 @@ def checkpoint_loader(
     side = latent_side(size, VAEConfig.from_hf(vae) if vae else None)
     return Loader(
         config,
-        Tokenizer.from_files(files),
-        ImageProcessor.from_files(files),
+        *read_processors(files, model.siglip),
         image_size=size,
         latent_tokens=model.gen_encoder.tokens_along(side) ** 2,
         cache=cache,

@@ -73,7 +73,8 @@ def ask(pipeline: Pipeline, split: str, config: BenchmarkConfig, shift: int = 0)
     shift: each question is asked about the picture so many further on; 0 for the right one.
     """
     examples = [shapes.example(config.seed, split, i) for i in range(config.pictures)]
-    pictures = [to_uint8(render(example.scene)) for example in examples]
+    size = pipeline.processor.image_size
+    pictures = [to_uint8(render(example.scene, size)) for example in examples]
     asked = [(q, i) for i, example in enumerate(examples) for q in example.questions]
     shown = [pictures[(i + shift) % len(pictures)] for _, i in asked]
     answers: list[str] = []

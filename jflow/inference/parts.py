@@ -1,14 +1,27 @@
 """Do the parts of a checkpoint fit each other?"""
 
+from collections.abc import Mapping
+
 from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlowConfig
+from jflow.models.siglip import SiglipConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig, latent_side
-from jflow.prompts import Tokenizer
+from jflow.prompts import TAGS, Tokenizer
 
 # A model without VAE that reads so many channels works on pixels: they are its latents.
 PIXEL_CHANNELS = 3
-# Tags that the released processor appends to a vocabulary, whether or not they have embeddings.
-ADDED_TAGS = 4
+# Tokens that the released code appends to a vocabulary, whether or not they have embeddings: <unk>
+# and the tags.
+ADDED_TOKENS = 1 + len(TAGS)
+
+
+def read_processors(
+    files: Mapping[str, str], siglip: SiglipConfig
+) -> tuple[Tokenizer, ImageProcessor]:
+    """What turns text and images into inputs, from the files of a checkpoint; what they leave open
+    is as SigLIP needs it. Raises ValueError as their `from_files`."""
+    tokenizer = Tokenizer.from_files(files, siglip.num_tokens)
+    return tokenizer, ImageProcessor.from_files(files, siglip.image_size)
 
 
 def check_parts(
@@ -33,7 +46,7 @@ def check_parts(
             (what, channels, "vision_gen_dec's", config.gen_decoder.out_channels),
         ]  # fmt: skip
     wrong = [f"{a} ({x}) and {b} ({y})" for a, x, b, y in pairs if x != y]
-    if tokenizer.vocab_size > config.language.vocab_size + ADDED_TAGS:
+    if tokenizer.vocab_size > config.language.vocab_size + ADDED_TOKENS:
         wrong.append(
             f"the tokenizer's vocabulary ({tokenizer.vocab_size}) and the model's embeddings "
             f"({config.language.vocab_size})"

@@ -16,7 +16,7 @@ from PIL import Image
 from jflow import checkpoints, flow, images, prompts, rng
 from jflow.distributed import fetch
 from jflow.inference.image import decode_latents, encode_pixels, initial_noise, sample_latents
-from jflow.inference.parts import check_parts, latent_shape
+from jflow.inference.parts import check_parts, latent_shape, read_processors
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision, by_rows
@@ -177,8 +177,7 @@ class Pipeline:
             # With kernels as they are, a CPU multiplies up to 9 times as fast.
             on_gpu = jax.default_backend() == "gpu"
             params["janusflow"]["language_model"] = by_rows(language) if on_gpu else language
-        tokenizer = prompts.Tokenizer.from_files(files)
-        processor = images.ImageProcessor.from_files(files)
+        tokenizer, processor = read_processors(files, model_config.siglip)
         check_parts(model_config, vae, tokenizer, processor)
         return cls(
             # A row is padding and what continues a prompt, or is one with padding behind.

@@ -59,7 +59,7 @@ class LlamaConfig:
             "attention_bias": (False, None),
             "mlp_bias": (False, None),
             "tie_word_embeddings": (False, None),
-            "rope_scaling": (None,),
+            "rope_scaling": (None, {"rope_type": "default"}, {"type": "default"}),
             "rope_type": ("default", None),
         }
         for name, allowed in unsupported.items():

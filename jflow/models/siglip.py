@@ -61,7 +61,7 @@ class SiglipConfig:
           params: model_name, image_size, select_layer, ...
           sizes: the entry that model_name stands for; None to look it up by name.
 
-        Raises ValueError for an unknown name.
+        Raises ValueError for an unknown name, and for images that are not square.
         """
         name = params.get("model_name", "siglip_large_patch16_384")
         sizes = sizes or SIGLIP_BY_NAME.get(name)
@@ -75,11 +75,17 @@ class SiglipConfig:
         for side in ("pixel_mean", "pixel_std"):
             if params.get(side) is not None:
                 raise ValueError(f"vision_und_enc_config.params.{side} is not supported.")
+        given = params.get("image_size", 336)
+        size, *others = given if isinstance(given, list | tuple) else (given,)
+        if any(other != size for other in others):
+            raise ValueError(
+                f"vision_und_enc_config.params.image_size is {given}: jflow's images are square."
+            )
         # select_layer -1 keeps every block, -2 drops the last one (create_siglip_vit).
         select, layers = params.get("select_layer", -2), sizes["layers"]
         kept = min(layers, layers + select + 1 if select <= 0 else select)
         return cls(
-            image_size=params.get("image_size", 336),
+            image_size=size,
             patch_size=sizes["patch_size"],
             width=sizes["width"],
             layers=kept,

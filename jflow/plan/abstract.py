@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Set
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +56,11 @@ def begin(path: str, released: JanusFlowConfig = RELEASED) -> tuple[dict, dict, 
     Returns: models: as a checkpoint's config has them; parameters: jax.ShapeDtypeStruct in the
       dtypes of the file, those of the released files are bfloat16 and the VAE's float32.
     """
-    if Path(path).is_dir():
+    try:
         models, _ = checkpoints.read_metadata(path)
         return models, checkpoints.load_shapes(path), True
+    except FileNotFoundError:  # No folder, or one of a run that has saved nothing.
+        pass
     model, siglip = released.to_hf()
     models = {"janusflow": model, "siglip": siglip, "vae": RELEASED_VAE.to_hf()}
     params = jax.tree.map(
@@ -88,7 +89,8 @@ def batch(
     """What the loader gives the step, as jax.ShapeDtypeStruct on the mesh.
 
     Args: row_multiple: as the loader is given it. vae: None where the model works on pixels.
-    cached: what comes from data.cache, "vae" the moments and "siglip" the features.
+    cached: what comes from data.cache, "vae" the moments and "siglip" the features; "crop" where
+    the crops themselves stay at home.
     """
     texts, images = part_sizes(data, step, row_multiple)
     place, length = placed_rows(mesh), data.max_seq_len
@@ -116,7 +118,7 @@ def batch(
         moments, features = (2, side, side, channels), (model.siglip.num_tokens, model.siglip.width)
         image = ImageRows(
             **{name: ids(images, length) for name in ("tokens", "positions", "segment_ids")},
-            pixels=None if "siglip" in cached else of(jnp.float32, images, crops, size, size, 3),
+            pixels=None if "crop" in cached else of(jnp.float32, images, crops, size, size, 3),
             slots=ids(images, crops, drawn),
             sample_ids=ids(images, crops),
             moments=of(jnp.float32, images, crops, *moments) if "vae" in cached else None,

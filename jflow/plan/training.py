@@ -17,7 +17,7 @@ from jflow.models.layers import Remat
 from jflow.plan import abstract, topology, work
 from jflow.plan.compiling import Compiled, attention, chip_bytes, compile_for, fits
 from jflow.plan.topology import Topology
-from jflow.sharding import check_heads, make_mesh, row_multiple
+from jflow.sharding import make_mesh, row_multiple
 from jflow.training import flops
 from jflow.training.config import TrainConfig
 from jflow.training.objectives import Modules
@@ -99,8 +99,6 @@ def make_plan(
     mesh = make_mesh(config.mesh, devices)
     modules, state, step = make(config, models, params, mesh, attention(place))
     cached = cached_encoders(params, config) if config.data.cache else frozenset()
-    language = modules.model.config.language
-    check_heads(language.num_attention_heads, language.kv_heads, mesh)
     starts = [phase.from_step for phase in config.data.mixture if phase.from_step < config.steps]
     phases = []
     for start, end in zip(starts, [*starts[1:], config.steps], strict=True):

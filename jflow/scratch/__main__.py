@@ -20,6 +20,7 @@ import jax
 from jflow import checkpoints, folders
 from jflow.config import override, to_dict
 from jflow.data.scenes import MORE_COLORS
+from jflow.images import ImageProcessor
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.siglip import SiglipConfig
@@ -89,7 +90,7 @@ def create(scratch: ScratchConfig, out: Path) -> None:
     params = jax.jit(lambda key: init_params(JanusFlow(model), key))(jax.random.key(scratch.seed))
     params = params | {"vision_und_enc_model": siglip_params}
     hf, side = model.to_hf()
-    files |= {"preprocessor_config.json": json.dumps({"image_size": siglip.image_size})}
+    files |= {"preprocessor_config.json": json.dumps(vars(ImageProcessor(siglip.image_size)))}
     described = {"janusflow": hf, "siglip": side, "vae": vae, "scratch": to_dict(scratch)}
     checkpoints.save_checkpoint(out, {"janusflow": params, "vae": vae_params}, described, files)
 

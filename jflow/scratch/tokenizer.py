@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from jflow.prompts import DEFAULT_SYSTEM_PROMPT
+from jflow.prompts import BOS, DEFAULT_SYSTEM_PROMPT, EOS, PAD, TAGS
 
 # "center" and "middle" are only in what SigLIP learns from.
 _WORDS = """
@@ -16,18 +16,7 @@ handwritten image in is left many middle nine no number object objects odd of on
 photo picture purple red right seven shape six square squares the there this three to top triangle
 triangles two under white written yellow yes zero 0 1 2 3 4 5 6 7 8 9
 """
-_SPECIAL = {
-    "bos_token": "<｜begin▁of▁sentence｜>",
-    "eos_token": "<｜end▁of▁sentence｜>",
-    "pad_token": "<｜▁pad▁｜>",
-    "unk_token": "<unk>",
-}
-_TAGS = {
-    "image_tag": "<image_placeholder>",
-    "image_gen_tag": "<｜begin▁of▁generation｜>",
-    "image_start_tag": "<begin_of_image>",
-    "image_end_tag": "<end_of_image>",
-}
+_SPECIAL = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "unk_token": "<unk>"}
 
 
 def tokenizer_files(num_image_tokens: int, more: Sequence[str] = ()) -> dict[str, str]:
@@ -37,7 +26,7 @@ def tokenizer_files(num_image_tokens: int, more: Sequence[str] = ()) -> dict[str
     the names of the roles.
     """
     phrases = (DEFAULT_SYSTEM_PROMPT, "User:", "Assistant:")
-    special = [*_SPECIAL.values(), *_TAGS.values()]
+    special = [*_SPECIAL.values(), *TAGS.values()]
     vocabulary = {word: i for i, word in enumerate([*special, *phrases, *_WORDS.split(), *more])}
     words = models.WordLevel(vocabulary, unk_token=_SPECIAL["unk_token"])
     tokenizer = tokenizers.Tokenizer(words)
@@ -49,5 +38,5 @@ def tokenizer_files(num_image_tokens: int, more: Sequence[str] = ()) -> dict[str
     return {
         "tokenizer.json": tokenizer.to_str(),
         "tokenizer_config.json": json.dumps(_SPECIAL | {"add_bos_token": True}),
-        "processor_config.json": json.dumps(_TAGS | {"num_image_tokens": num_image_tokens}),
+        "processor_config.json": json.dumps(TAGS | {"num_image_tokens": num_image_tokens}),
     }

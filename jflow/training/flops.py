@@ -118,7 +118,7 @@ def step_cost(
     Args:
       vae: None where the latents are the pixels. repa_hidden_size: None without REPA.
       trained: names of the modules with trained parameters: "language_model", ...
-      cached: what does not run for images to generate: "vae", "siglip".
+      cached: what does not run for images to generate, "vae" and "siglip" of it.
     """
     siglip, encoder, decoder = model.siglip, model.gen_encoder, model.gen_decoder
     size = latent_side(siglip.image_size, vae)

@@ -94,7 +94,8 @@ def clean_latents(
 ) -> jax.Array:
     """Crops [M, H, W, 3] -> latents [M, h, w, c] times the scaling factor; no gradient.
 
-    moments: [M, 2, h, w, c], where the VAE has encoded the crops before (`data.cache`).
+    moments: [M, 2, h, w, c], where the VAE has encoded the crops before (`data.cache`); they are
+    not read then.
     """
     if vae is None:
         return pixels
