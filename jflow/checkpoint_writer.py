@@ -16,6 +16,8 @@ from jflow.compilation import out_of_memory
 # reads it once more for its checksums. It is not what a lost process costs: the others end with it,
 # within minutes.
 COMPLETE_SECONDS = 3600
+# Where a folder cannot be made, threads that have begun would wait for it for five minutes.
+OPTIONS = ocp.options.AsyncOptions(COMPLETE_SECONDS, create_directories_asynchronously=False)
 
 
 class Writer:
@@ -29,9 +31,7 @@ class Writer:
     """
 
     def __init__(self):
-        self._checkpointer = ocp.AsyncCheckpointer(
-            checkpoints.handler(), async_options=ocp.options.AsyncOptions(COMPLETE_SECONDS)
-        )
+        self._checkpointer = ocp.AsyncCheckpointer(checkpoints.handler(), async_options=OPTIONS)
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._job: Future | None = None
         self._saves = 0

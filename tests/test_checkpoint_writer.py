@@ -4,6 +4,8 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ import pytest
 
 from jflow import checkpoints
 from jflow.checkpoint_writer import Writer, remove_unfinished
+from tests.goldens import REPO
 
 
 def tree(seed: int, size: int = 200_000) -> dict:
@@ -130,11 +133,19 @@ def test_an_error_shows_at_the_next_look(tmp_path, writer, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_that_takes_no_files(tmp_path, writer):
+def test_a_folder_that_takes_no_files(tmp_path):
+    """The program ends with the error, and not minutes later."""
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(OSError, match="cannot be written"):
-        writer.save(tmp_path / "run" / "00000001", tree(0), {}, {})
-        writer.wait()
+    program = f"""
+import numpy as np
+from jflow.checkpoint_writer import Writer
+writer = Writer()
+writer.save({str(tmp_path / "run" / "00000001")!r}, {{"a": np.ones(3)}}, {{}}, {{}})
+writer.wait()
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "cannot be written" in done.stderr
 
 
 def test_a_checkpoint_in_use_is_removed_in_the_end(tmp_path, older, monkeypatch):
