@@ -109,6 +109,7 @@ def remove_unfinished(run: Path) -> None:
     """Removes what saves that ended in the middle have left in a run folder."""
     for folder in run.glob("[0-9]*"):
         step, mark, _ = folder.name.partition(checkpoints.UNFINISHED)
-        ours = step.isdigit() and (mark or (folder / "_CHECKPOINT_METADATA").is_file())
-        if ours and not checkpoints.is_checkpoint(folder):
+        begun = (folder / "_CHECKPOINT_METADATA").is_file()
+        # A marked one may have its checksums still: it was being removed.
+        if step.isdigit() and (mark or begun and not checkpoints.is_checkpoint(folder)):
             shutil.rmtree(folder, ignore_errors=True)

@@ -214,13 +214,13 @@ def test_weights_that_nothing_runs_with_are_said_to_be(tmp_path, capsys):
     source = shutil.copytree(TINY, tmp_path / "src")
     (source / "tokenizer.json").unlink()
     assert main(["from-hf", str(source), "--out", str(tmp_path / "ckpt")]) == 0
-    assert "warning: " in (said := capsys.readouterr().err)
+    assert "nothing will run with" in (said := capsys.readouterr().err)
     assert "holds no tokenizer.json" in said
 
 
 def test_without_a_vae_it_is_said_that_nothing_will_be_drawn(tmp_path, capsys):
     assert main(["from-hf", str(TINY), "--out", str(tmp_path / "ckpt")]) == 0
-    assert "warning: This checkpoint has no VAE" in capsys.readouterr().err
+    assert "ckpt will not draw. This checkpoint has no VAE" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence(tmp_path, capsys, monkeypatch):

@@ -40,7 +40,6 @@ from jflow.inference.parts import check_parts, latent_shape, read_processors
 from jflow.models.janusflow import JanusFlowConfig, abstract_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
-from jflow.prompts import Tokenizer
 
 CONFIG, SIGLIP, VAE_CONFIG = "config.json", "siglip_model_config.json", "vae/config.json"
 
@@ -166,12 +165,14 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
         config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
         vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
         sources.append(vae)
+    effect = f"nothing will run with {out}"
     try:
         check_parts(model, vae_module, *read_processors(files, model.siglip))
+        effect = f"{out} will not draw"
         latent_shape(model, vae_module and vae_module.config)
     except ValueError as error:
         # Weights alone are worth having, too.
-        print(f"jflow.convert: warning: {error}", file=sys.stderr)
+        print(f"jflow.convert: {effect}. {error}", file=sys.stderr)
     with open_models(sources) as params:
         checkpoints.save_checkpoint(out, params, config, files)
 
@@ -198,7 +199,7 @@ def from_parts(
     siglip_folder = fetch(siglip, ["*.json", "*.safetensors"])
     siglip_config = siglip_rules.config_from_transformers(read_config(siglip_folder)[0])
     files = parts.tokenizer_files(language_files, siglip_config)
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer, processor = read_processors(files, siglip_config)
 
     wanted = None
     if config_file is not None:
@@ -211,7 +212,7 @@ def from_parts(
     files |= {SIGLIP: json.dumps(config["siglip"], indent=2)}
     config["vae"], files[VAE_CONFIG], vae = open_vae(vae_source)
     vae_module = AutoencoderKL(VAEConfig.from_hf(config["vae"]))
-    check_parts(model, vae_module, *read_processors(files, model.siglip))
+    check_parts(model, vae_module, tokenizer, processor)
 
     language_leaves, siglip_leaves = part_leaves(model, language_config.vocab_size)
     vision = siglip_rules.vision_tensors(find_tensors(siglip_folder))

@@ -99,7 +99,9 @@ def image_row(
     tokens, positions, segments = _tokens(examples, row_len)
     ids = np.full(row_images, -1, np.int32)
     ids[: len(examples)] = sample_ids
-    moments = features = None
+    moments = features = pixels = None
+    if blank is None or blank.with_crop:
+        pixels = _pixels(examples, row_images, image_size)
     if blank is not None:
         cached = [e.cached for e in examples] + [blank] * (row_images - len(examples))
         moments = np.stack([image.moments for image in cached])
@@ -109,9 +111,7 @@ def image_row(
         tokens=tokens,
         positions=positions,
         segment_ids=segments,
-        pixels=_pixels(examples, row_images, image_size)
-        if blank is None or blank.with_crop
-        else None,
+        pixels=pixels,
         slots=_slots(examples, row_len, row_images, 1 + image_tokens),
         sample_ids=ids,
         moments=moments,
