@@ -223,10 +223,10 @@ def without_compiler(monkeypatch):
     this machine's one device stands for as many as are asked for."""
     figures = program.Figures(4e15, 1e12, 0, {"all-gather": program.Collective(48, 3e9)})
 
-    def compile_step(parts, place):
+    def compile_step(parts, place, given):
         return compiling.Compiled(300 * 2**30 // parts, 0, figures, None)
 
-    def compile_drawing(lowered, place):
+    def compile_drawing(lowered, place, given):
         return compiling.Compiled(50 * 2**30 * lowered.out_info.shape[0], 0, figures, None)
 
     tree = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tiny_training.params())
@@ -252,6 +252,42 @@ def test_the_page_says_what_fits(without_compiler, capsys):
     assert "a step 5063 ms" in last and "390,000 steps: 22.9 days, 23 chip-days" in last
     assert "all-gather 48 times, 3.00 GB to each chip" in last
     assert "the sizes are the released model's" in last
+
+
+class NoRoom:
+    """A program that a compiler finds no room for."""
+
+    def __init__(self, message: str):
+        self.message = message
+
+    def compile(self, _):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {self.message}")
+
+
+@pytest.mark.parametrize(
+    "message, needed",
+    [
+        (
+            "Ran out of memory in memory space hbm. Used 35.50G of 31.25G hbm. Exceeded hbm "
+            "capacity by 4.25G.\n  program    30.00G\n  arguments   5.00G",
+            (35.5, 5),
+        ),
+        ("Ran out of memory in memory space hbm. Used 35.50G of 31.25G hbm.", (35.5, 5.5)),
+        ("Size of HLO temporaries (20.00G) exceeds available HBM.", (25.5, 5.5)),
+    ],
+)
+def test_where_there_is_no_room_arguments_count_once(message, needed):
+    """Compilers name the whole, or what comes on top of the arguments (5.5 GiB here, of which a
+    program may leave some unused)."""
+    found = compiling.compile_for(NoRoom(message), topology.parse("v6e-4"), int(5.5 * 2**30))
+    assert (found.needed / 2**30, found.arguments / 2**30) == needed
+    assert not compiling.fits(found, topology.parse("v6e-4"))
+
+
+def test_another_memory_of_the_chip_is_no_plan():
+    full = NoRoom("Ran out of memory in memory space vmem. Used 32.42M of 16.00M vmem.")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="vmem"):
+        compiling.compile_for(full, topology.parse("v6e-4"), 0)
 
 
 NONE_FITS = "None of these fits: take more chips, or chips with more memory."
@@ -364,7 +400,7 @@ def llama_step(name: str, layers: int, chips: MeshConfig, rows: int, length: int
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=lies)
     with jax.set_mesh(mesh):
         step = jax.jit(jax.grad(loss), out_shardings=shardings(params, mesh))
-        compiled = compiling.compile_for(step.lower(params, x, ids), place)
+        compiled = compiling.compile_for(step.lower(params, x, ids), place, 0)
     # Forward, again, and twice backward, but for the product that ends a layer.
     products = rows * length * (4 * flops.token_flops(config) - layers * 2 * 256 * 768)
     blocks = length // 512

@@ -34,8 +34,11 @@ def fits(compiled: Compiled, place: Topology) -> bool:
     return compiled.figures is not None and compiled.needed <= place.hardware.memory
 
 
-def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
+def compile_for(lowered: jax.stages.Lowered, place: Topology, given: int) -> Compiled:
     """Compiles what was lowered for topology.devices(place).
+
+    Args: given: bytes of its arguments on each chip, which not every compiler names that finds no
+    room.
 
     Where the attention that will run is another than the compiled one (`attention`), this one's
     memory traffic is left out: it takes apart what a kernel computes on the chip.
@@ -45,11 +48,10 @@ def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
     try:
         compiled = lowered.compile(gpu if place.hardware.platform == "cuda" else None)
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([KMGT])\w* of|temporaries \(([\d.]+)([KMGT])", str(error))
-        if not out_of_memory(error) or not found:
+        wanted = _wanted(str(error), given) if out_of_memory(error) else None
+        if wanted is None:
             raise
-        size, unit = [group for group in found.groups() if group]
-        return Compiled(int(float(size) * _UNITS[unit]), 0, None, None)
+        return Compiled(*wanted, None, None)
     found = compiled.memory_analysis()
     needed = (
         found.argument_size_in_bytes
@@ -62,6 +64,24 @@ def compile_for(lowered: jax.stages.Lowered, place: Topology) -> Compiled:
     replaced = attention(place) == "xla"
     figures = program.measure(text, lambda each: replaced and _is_attention(each))
     return Compiled(needed, found.argument_size_in_bytes, figures, text)
+
+
+def _wanted(message: str, given: int) -> tuple[int, int] | None:
+    """Bytes that a compiler says it needs and has not, and of them the arguments'; or None.
+
+    A TPU's speaks of the whole chip, or of the temporaries alone, which come on top of `given`.
+    """
+
+    def size(pattern: str) -> int | None:
+        found = re.search(pattern.replace("SIZE", r"([\d.]+)([KMGT])"), message)
+        return found and int(float(found[1]) * _UNITS[found[2]])
+
+    # It also has memories other than hbm, of which it may have too little.
+    temporaries = size(r"temporaries \(SIZE")
+    if temporaries is not None:
+        return temporaries + given, given
+    used, arguments = size(r"Used SIZE of \S+ hbm"), size(r"\barguments +SIZE")
+    return used and (used, given if arguments is None else arguments)
 
 
 def _is_attention(instruction: hlo.Instruction) -> bool:

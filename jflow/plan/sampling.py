@@ -113,8 +113,8 @@ def compile_parts(
     rows = -(-batch_size // multiple) * multiple
     side = latent_shape(model.config, vae and vae.config)[0]
 
-    def part(title, lowered, formula, images):
-        compiled = compile_for(lowered, place)
+    def part(title, lowered, used, formula, images):
+        compiled = compile_for(lowered, place, chip_bytes(used))
         # All parameters lie there, also those that this program does not use.
         rest = compiled.needed - compiled.arguments
         memory = {"parameters": chip_bytes(params), "all else": rest}
@@ -123,7 +123,7 @@ def compile_parts(
 
     lowered = lower_latents(model, params["janusflow"], side, rows, options, mesh)
     formula = rows * latents_flops(model.config, side, PROMPT_BUCKET, options)
-    yield part("latents", lowered, formula, rows)
+    yield part("latents", lowered, params["janusflow"], formula, rows)
     if vae is not None:
         some = min(VAE_BATCH * multiple, rows)
         shape = (some, side, side, vae.config.latent_channels)
@@ -131,7 +131,7 @@ def compile_parts(
         with jax.set_mesh(mesh):
             lowered = decode_latents.lower(vae, params["vae"], latents)
         formula = some * flops.vae_decode_flops(vae.config, model.config.siglip.image_size)
-        yield part("pixels", lowered, formula, some)
+        yield part("pixels", lowered, params["vae"], formula, some)
 
 
 def part_lines(part: Part, place: Topology) -> Iterator[str]:

@@ -115,7 +115,7 @@ def _compile(place, config, modules, cached, state, step, mesh, start, steps) ->
     multiple = row_multiple(mesh) * config.optimizer.accumulate
     batch = abstract.batch(data, start, multiple, model, vae, mesh, cached)
     with jax.set_mesh(mesh):
-        compiled = compile_for(step.lower(state, batch), place)
+        compiled = compile_for(step.lower(state, batch), place, chip_bytes((state, batch)))
     cost = flops.stage_cost(config, modules, state.params, cached)
     trained = flops.module_names(state.params)
     splash = place.hardware.platform == "tpu"
