@@ -26,7 +26,7 @@ lint: $(VENV)/.installed
 
 # A small JanusFlow learns from nothing to draw coloured shapes and to answer about them, and is
 # scored: runs/demo/scores.json, drawn.png, answered.png. Other seeds: make demo SEED=1. `make shapes`
-# is the same in an hour and a half.
+# is the same in an hour and a half. What was interrupted goes on, what has been scored begins anew.
 # A device for each of two cores, with a thread of its own, works on what fits its cache, and large
 # buffers lie in huge pages: together 1.4 times as fast as one device with two threads.
 SEED ?= 0
@@ -41,11 +41,14 @@ shapes: SCENES = 40000 --wide 50 --counting 3
 shapes: WORDS = wide=true
 demo shapes: export JAX_PLATFORMS = cpu
 demo shapes: $(VENV)/.installed
-	rm -rf runs/$@ && mkdir -p runs/$@ && date +%s > runs/$@/began
+	[ ! -e runs/$@/scores.json ] || rm -rf runs/$@
+	mkdir -p runs/$@ && { [ -e runs/$@/began ] || date +%s > runs/$@/began; }
 	$(BIN)/python -m jflow.data build shapes --out runs/$@/data --train $(SCENES) --seen 1 --unseen 1 \
 	    --rounds 1 --seed $(SEED) & \
-	$(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) $(WORDS) && wait $$!
-	$(BIN)/python -m jflow.data cache --config configs/$@.py --out runs/$@/cache --batch 64
+	{ [ -e runs/$@/init ] || $(BIN)/python -m jflow.scratch --out runs/$@/init seed=$(SEED) $(WORDS); } && \
+	    wait $$!
+	[ -e runs/$@/cache ] || \
+	    $(BIN)/python -m jflow.data cache --config configs/$@.py --out runs/$@/cache --batch 64
 	$(TWO_CORES) $(BIN)/python train.py --config configs/$@.py --run runs/$@/train seed=$(SEED)
 	$(BIN)/python -m jflow.evals --ckpt runs/$@/train --untrained runs/$@/init --out runs/$@ \
 	    --began $$(cat runs/$@/began) $(BENCHMARK)
@@ -69,4 +72,4 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/sampling.py
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) build *.egg-info

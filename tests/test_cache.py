@@ -274,3 +274,16 @@ def test_broken_records_of_a_cache_are_named_and_bounded(tiny_ckpt, tmp_path, ca
     with pytest.raises(SystemExit):
         main([*before, f"--out={tmp_path / 'b'}", "--batchs=2"])
     assert "unrecognized arguments: --batchs=2" in capsys.readouterr().err
+
+
+def test_a_cache_without_room_is_refused_before_it_begins(tiny_ckpt, tmp_path, capsys, monkeypatch):
+    file, *_ = write(tmp_path, tiny_ckpt, GOOD)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    arguments = ["cache", file, f"--out={tmp_path / 'new' / 'cache'}"]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "has room for 0.00" in error and "objective.repa_weight=0 leaves out" in error
+    assert main([*arguments, "objective.repa_weight=0"]) == 2
+    assert "leaves out" not in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -1,11 +1,15 @@
 """Writes the cache of VAE moments and SigLIP features, and opens it for a run; see `cache`."""
 
 import dataclasses
+import itertools
 import json
+import math
 import re
+import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -120,7 +124,11 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
             found["features"] = model.apply(variables, pixels, method="image_features")
         return {name: values.astype(jnp.float32) for name, values in found.items()}
 
-    print(f"{sum(map(len, sources))} crops of {size} pixels, into {out}")
+    crops, one = sum(map(len, sources)), jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    found = jax.eval_shape(encode, params, one).values()
+    needed = crops * sum(math.prod(each.shape) * each.dtype.itemsize for each in found)
+    print(f"{crops} crops of {size} pixels, {needed / 1e9:.2f} GB, into {out}")
+    _require_room(out, needed, encoders)
     with folders.new_folder(out) as folder:
         folder.mkdir()
         broken = [
@@ -151,6 +159,21 @@ def write_cache(config: TrainConfig, out: str, batch: int) -> Fingerprint:
     return fingerprint
 
 
+def _require_room(out: str, needed: int, encoders: Encoders) -> None:
+    """Raises OSError in one sentence where a folder will not hold so many bytes."""
+    there = next(path for path in Path(out).resolve().parents if path.exists())
+    if needed < (free := shutil.disk_usage(there).free):
+        return
+    smaller = (
+        "; objective.repa_weight=0 leaves out SigLIP's features, the larger part, which training "
+        "then makes of the crops"
+    )
+    raise OSError(
+        f"The cache needs {needed / 1e9:.2f} GB, but {there} has room for {free / 1e9:.2f}: make "
+        f"room{smaller if encoders.siglip is not None else ''}."
+    )
+
+
 def _write_source(
     encode: Callable[[np.ndarray], dict[str, jax.Array]],
     source: Source,
@@ -161,7 +184,8 @@ def _write_source(
 ) -> dict[int, str]:
     """Writes the arrays of one source, each to its path; {index: why} of its broken records."""
     broken, files = {}, {}
-    with tqdm(total=len(source), unit="crop") as bar:
+    # Written and not mapped: where a map finds no space left the program is killed by a signal.
+    with ExitStack() as opened, tqdm(total=len(source), unit="crop") as bar:
         for start, crops in _crop_batches(source, size, data, batch):
             pixels = np.zeros((batch, size, size, 3), np.float32)
             checksums = np.zeros(batch, np.uint32)
@@ -171,37 +195,39 @@ def _write_source(
                 else:
                     pixels[i], checksums[i] = crop
             for name, values in (encode(pixels) | {"images": checksums}).items():
+                values = np.asarray(values)
                 if name not in files:
-                    shape = (len(source), *values.shape[1:])
-                    files[name] = np.lib.format.open_memmap(paths[name], "w+", values.dtype, shape)
-                files[name][start : start + len(crops)] = np.asarray(values)[: len(crops)]
+                    files[name] = opened.enter_context(paths[name].open("wb"))
+                    header = {
+                        "descr": np.lib.format.dtype_to_descr(values.dtype),
+                        "fortran_order": False,
+                        "shape": (len(source), *values.shape[1:]),
+                    }
+                    np.lib.format.write_array_header_1_0(files[name], header)
+                files[name].write(values[: len(crops)].tobytes())
             bar.update(len(crops))
-    for file in files.values():
-        file.flush()
     return broken
 
 
 def _crop_batches(
     source: Source, size: int, data: DataConfig, batch: int
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, int] | str]]]:
-    """(first record, what `_crops` makes), the next batch made meanwhile."""
+    """(first record, what `_crops` makes of a batch), the next batch made meanwhile."""
     if data.workers:  # Each of them is given the source once: its index may be large.
         pool, make = workers.pool(data.workers, _begin_worker, source), _crops_of_worker
     else:
         pool, make = ThreadPoolExecutor(data.pool_size), partial(_crops, source)
     share = -(-batch // (data.workers or data.pool_size))
-
-    def ask(start: int) -> list[Future]:
-        indices = range(start, min(start + batch, len(source)))
-        parts = [indices[i : i + share] for i in range(0, len(indices), share)]
-        return [pool.submit(make, size, data.seed, part) for part in parts]
-
-    starts = range(0, len(source), batch)
+    batches = [range(len(source))[i : i + batch] for i in range(0, len(source), batch)]
+    parts = [[rows[i : i + share] for i in range(0, len(rows), share)] for rows in batches]
     with pool:
-        waiting = ask(0)
-        for start in starts:
-            ready, waiting = waiting, ask(start + batch)
-            yield start, [crop for future in ready for crop in future.result()]
+        made = workers.ahead(
+            lambda part: pool.submit(make, size, data.seed, part),
+            itertools.chain.from_iterable(parts),
+            -(-batch // share),
+        )
+        for rows, asked in zip(batches, parts, strict=True):
+            yield rows.start, [crop for _ in asked for crop in next(made)]
 
 
 def _begin_worker(source: Source) -> None:

@@ -14,7 +14,6 @@ import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -210,11 +209,6 @@ class Loader:
                 itertools.count(start * self._jobs_per_step),
                 self._config.prefetch,
             )
-        except BrokenProcessPool as error:
-            raise OSError(
-                "A process that made batches has died, mostly for want of memory: lower "
-                "data.workers or data.prefetch, and give the same command again."
-            ) from error
         finally:
             pool.shutdown(cancel_futures=True)
 

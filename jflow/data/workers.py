@@ -8,10 +8,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, TypeVar
 
 S, T = TypeVar("S"), TypeVar("T")
+_OF_THE_JOB = {signal.SIGINT, signal.SIGTERM}
 _CHUNK = 250  # items that a process is given at once, of which each takes about a millisecond
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *args: Any, **kwargs: Any) -> Future:
+        future = super().submit(*args, **kwargs)
+        future.add_done_callback(_end_what_is_broken)
+        return future
+
+
+def _end_what_is_broken(future: Future) -> None:
+    """Where one process has died Python sends SIGTERM to the others, and waits for their end."""
+    if not future.cancelled() and isinstance(future.exception(), BrokenProcessPool):
+        for process in multiprocessing.active_children():
+            process.kill()
 
 
 def pool(workers: int, begin: Callable[..., None] | None = None, *args: Any) -> ProcessPoolExecutor:
@@ -20,18 +37,33 @@ def pool(workers: int, begin: Callable[..., None] | None = None, *args: Any) -> 
     is sent is for the main process to answer."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([name for name in sys.modules if name.startswith("jflow.")])
-    return ProcessPoolExecutor(workers, context, _begin, (begin, args))
+    # A process has the mask of its parent: so has the one that is copied. The tracker, which would
+    # be begun on the way there, lifts it.
+    resource_tracker.ensure_running()
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    return _Pool(workers, context, _begin, (begin, args))
 
 
 def ahead(submit: Callable[[S], Future[T]], jobs: Iterable[S], count: int) -> Iterator[T]:
-    """The results of jobs in order, `count` of them on their way ahead of the one at hand."""
+    """The results of jobs in order, `count` of them on their way ahead of the one at hand.
+
+    Raises OSError in one sentence where a process has died, and what a job raised.
+    """
     waiting: deque[Future[T]] = deque()
-    for job in jobs:
-        waiting.append(submit(job))
-        if len(waiting) > count:
+    try:
+        for job in jobs:
+            waiting.append(submit(job))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise OSError(
+            "A process that made data has died, mostly for want of memory: lower data.workers or "
+            "data.prefetch, and give the same command again."
+        ) from error
 
 
 def in_processes(make: Callable[[S], T], items: Sequence[S]) -> Iterator[T]:
@@ -52,8 +84,6 @@ def _all(make: Callable[[S], T], items: Sequence[S]) -> list[T]:
 
 
 def _begin(begin: Callable[..., None] | None, args: tuple) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if begin is not None:
         begin(*args)
