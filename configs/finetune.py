@@ -3,9 +3,9 @@
     python train.py --config configs/finetune.py folder=photos init_from=janusflow
 
 FOLDER holds captions.jsonl, lines of {"image": "a.jpg", "caption": "..."}, which both halves of the
-model learn from; and, where there is one, conversations.jsonl, lines of LLaVA's {"image": "a.jpg",
-"conversations": [...]}, for understanding. Either may be a .json instead, one array. Images are
-found relative to their file. SigLIP and the VAE stay as they are.
+model learn from; or conversations.jsonl, lines of LLaVA's {"image": "a.jpg", "conversations":
+[...]}, for understanding; or both. Either may be a .json instead, one array. Images are found
+relative to their file. SigLIP and the VAE stay as they are.
 
 lora=true trains low-rank factors beside the language model's matrices, and the aligners;
 lora=false all of the language model and the generation layers: 20 bytes a parameter instead of 2,
@@ -35,11 +35,15 @@ def _file(folder: str, name: str) -> str:
 
 def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
     captions, conversations = (_file(folder, name) for name in ("captions", "conversations"))
-    sources = (
-        SourceConfig("understanding", "jsonl", captions),
-        SourceConfig("generation", "jsonl", captions),
-    )
-    if epath.Path(conversations).exists():
+    talks = epath.Path(conversations).exists()
+    draws = epath.Path(captions).exists() or not talks  # Of neither, captions are named as missing.
+    sources = ()
+    if draws:
+        sources += (
+            SourceConfig("understanding", "jsonl", captions),
+            SourceConfig("generation", "jsonl", captions),
+        )
+    if talks:
         sources += (SourceConfig("understanding", "jsonl", conversations),)
     return TrainConfig(
         name="finetune",
@@ -49,7 +53,7 @@ def get_config(folder: str = "data/mine", lora: bool = True) -> TrainConfig:
         lora=LoraConfig() if lora else None,
         data=DataConfig(
             sources=sources,
-            mixture=(MixtureConfig(0, understanding=1, generation=1, text=0),),
+            mixture=(MixtureConfig(0, understanding=1, generation=int(draws), text=0),),
             batch_rows=4,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-4 if lora else 2e-5, warmup_steps=50),

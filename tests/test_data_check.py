@@ -1,16 +1,19 @@
 """`python -m jflow.data check` on small folders: what is wrong, what is right, what is drawn."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
 from jflow import checkpoints
 from jflow.config import load
 from jflow.data import contact
 from jflow.data.__main__ import main
+from jflow.data.check import check
 from jflow.data.examples import Format, generation_example, text_example, understanding_example
+from jflow.data.mixture import MixtureConfig, SourceConfig, WindowConfig
 from jflow.data.pipeline import checkpoint_loader
 from jflow.images import ImageProcessor
 from tests.test_data_sources import png, write_lines
@@ -205,3 +208,34 @@ def test_samples_that_fit_nowhere(tiny_ckpt, tmp_path, capsys):
     """A row too short for pictures makes every record of those sources unusable, and says so."""
     assert main(["check", *write(tmp_path, tiny_ckpt, GOOD), "data.max_seq_len=16"]) == 1
     assert "4 of 4 records" in capsys.readouterr().err
+
+
+def test_the_limit_that_most_rows_reach_is_named(tiny_ckpt, tmp_path):
+    """Short texts, ten of which do not fill a row: more samples would find no place."""
+    write(tmp_path, tiny_ckpt, GOOD)
+    write_lines(tmp_path / "texts.jsonl", [{"text": "Yes."}] * 40)
+    config = load(tmp_path / "config.py")
+    source = SourceConfig("text", "jsonl", str(tmp_path / "texts.jsonl"))
+    data = dataclasses.replace(
+        config.data,
+        sources=(source,),
+        mixture=(MixtureConfig(0, understanding=0, generation=0, text=1),),
+        text=WindowConfig(samples=20, rows=2),
+    )
+    for samples, said in ((20, "rows are padding"), (30, "of the text samples find no place")):
+        window = dataclasses.replace(data, text=WindowConfig(samples=samples, rows=2))
+        found = check(dataclasses.replace(config, data=window), tmp_path / "out", 40, 1, 1)
+        (warning,) = found.warnings
+        assert said in warning and "raise data.samples_per_row, which most rows reach" in warning
+    wider = dataclasses.replace(data, samples_per_row=11)
+    (warning,) = check(dataclasses.replace(config, data=wider), tmp_path / "out", 40, 1, 1).warnings
+    assert "which most rows reach" not in warning
+
+
+def test_text_without_spaces_stays_in_its_cell():
+    """Chinese, and a link: broken anywhere, nothing lost."""
+    for word in ("\u753b\u4e00\u53ea\u732b" * 30, "https://example.com/" + "a" * 200):
+        lines = contact._wrap([("read", word)], ImageFont.load_default(12))
+        assert "".join(piece for line in lines for _, piece in line) == word + " "
+        widths = [sum(ImageFont.load_default(12).getlength(p) for _, p in line) for line in lines]
+        assert max(widths) <= contact.CELL + 4  # The space behind the last piece hangs over.

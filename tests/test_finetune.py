@@ -21,6 +21,7 @@ from tests.test_train import contents
 
 pytestmark = pytest.mark.usefixtures("quick_compiling")
 CONFIG = str(REPO / "configs" / "finetune.py")
+UND = "janusflow/vision_und_enc_aligner/kernel"
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "black")
 
 
@@ -159,6 +160,18 @@ def test_the_folder_is_one_override(pictures, tmp_path):
     assert len(plain.data.sources) == 2 and plain.lora is None
     assert plain.trainable == PRETRAINING and plain.objective.repa_weight == 0
     assert plain.optimizer.learning_rate < config.optimizer.learning_rate
+
+
+def test_conversations_alone_are_enough(start, pictures, tiny_ckpt, tmp_path):
+    """For understanding: what draws stays as it is, to the rounding of its average."""
+    (tmp_path / "red.png").write_bytes((pictures / "red.png").read_bytes())
+    (tmp_path / "conversations.json").write_text((pictures / "conversations.json").read_text())
+    run = tmp_path / "run"
+    start(run, "steps=2", f"folder={tmp_path}")
+    before, after = params_of(tiny_ckpt), params_of(run)
+    assert np.abs(after[UND] - before[UND]).max() > 1e-3
+    for path in (path for path in before if "_gen_" in path):
+        np.testing.assert_allclose(after[path], before[path], rtol=1e-6, atol=0)
 
 
 def test_a_folder_without_captions_is_one_sentence(tiny_ckpt, tmp_path, capsys):

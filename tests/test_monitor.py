@@ -74,6 +74,7 @@ def test_what_will_be_repeated_is_dropped(tmp_path):
 def test_weights_and_biases_where_it_is_asked_for(tmp_path, monkeypatch):
     calls = []
     fake = SimpleNamespace(
+        id="drawn",
         init=lambda **settings: calls.append(settings) or fake,
         log=calls.append,
         finish=lambda: calls.append("finish"),
@@ -89,9 +90,12 @@ def test_weights_and_biases_where_it_is_asked_for(tmp_path, monkeypatch):
     log.write_samples(1, np.zeros((2, 3, 3), np.uint8), "text")
     log.write_samples(2, None, "1 < 2")
     log.close()
+    Log(tmp_path / "run", 1, "janus", {}).close()
+    *calls, again, _, _ = calls
     settings, axis, *rest = calls
     assert (settings["project"], settings["resume"]) == ("janus", "allow")
-    assert settings["id"] == f"{tmp_path.name}-run"  # runs/demo/train is not runs/shapes/train
+    assert settings["name"] == f"{tmp_path.name}-run"  # runs/demo/train is not runs/shapes/train
+    assert settings["id"] is None and again["id"] == "drawn"
     assert axis == (("*",), {"step_metric": "step"})
     assert settings["config"] == {"seed": 3}
     assert rest == [

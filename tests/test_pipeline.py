@@ -284,10 +284,13 @@ def test_processes_with_the_same_rows_name_a_broken_record_once(damaged):
 
 
 def test_the_last_step_is_looked_at_too(damaged):
+    """By several processes; one names what is broken as it comes."""
     damaged = dataclasses.replace(damaged, broken_check_steps=100)
-    found = itertools.islice(loader(damaged).batches(2, last=5), 6)
-    named = [bool(stats.broken) for _, stats in found]
-    assert named == [True, False, False, True, False, False]
+    found = itertools.islice(loader(damaged).batches(2, lambda text: [text], last=9), 10)
+    several = [stats.broken for _, stats in found]
+    assert [bool(named) for named in several] == [True, *[False] * 6, True, False, False]
+    alone = [stats.broken for _, stats in itertools.islice(loader(damaged).batches(2), 8)]
+    assert sum(alone, ()) == sum(several, ()) and sum(map(bool, alone[1:-1])) >= 2
 
 
 def test_beyond_the_share_the_run_stops_with_the_list(damaged):

@@ -7,6 +7,7 @@ turns them into examples exactly as training does.
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +36,8 @@ _LEFT_OUT = 0.1  # share of a task's samples that are left out, from which it is
 @dataclass(frozen=True)
 class SourceReport:
     """Of the good records: tokens, the min, mean, median, 95th percentile and max of their number;
-    images, their mean number; largest_id, that of a token which is no place for an image."""
+    images, their mean number; largest_id, that of a token which is no place for an image; shown,
+    of the samples on the contact sheet, runs of text and whether they are learned."""
 
     source: str
     task: str
@@ -44,12 +46,14 @@ class SourceReport:
     tokens: dict[str, float]
     images: float
     largest_id: int
+    shown: tuple[list[tuple[str, str]], ...]
     broken: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """Of `windows` windows: share of positions that hold nothing, and of samples left out."""
+    """Of `windows` windows: share of positions that hold nothing, and of samples left out. full:
+    the field of DataConfig whose number most rows reach, or ""."""
 
     task: str
     windows: int
@@ -57,6 +61,7 @@ class PackingReport:
     padding: float
     left_out: float
     samples_per_row: float
+    full: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,7 @@ def _check_source(
         tokens=_summary(lengths),
         images=float(np.mean(images)) if images else 0.0,
         largest_id=largest,
+        shown=tuple(runs for _, runs in samples),
         broken=tuple(broken),
     )
     return report, contact.Sheet(f"{stream.task}: {name}, template {config.template}", samples)
@@ -178,8 +184,10 @@ def _summary(lengths: list[int]) -> dict[str, float]:
 
 def _check_packing(stream: TaskStream, config: DataConfig, windows: int) -> PackingReport:
     """Packs the first windows, as the loader would."""
-    most = config.crops_per_row if stream.task == "generation" else config.images_per_row
+    limit = "crops_per_row" if stream.task == "generation" else "images_per_row"
+    most = getattr(config, limit)
     tokens = placed = made = 0
+    full = Counter()
     with ThreadPoolExecutor(config.pool_size) as pool:
         for number in range(windows):
             first = number * stream.window.samples
@@ -201,6 +209,9 @@ def _check_packing(stream: TaskStream, config: DataConfig, windows: int) -> Pack
             made += len(sizes)
             placed += sum(map(len, rows))
             tokens += sum(lengths[i] for row in rows for i in row)
+            full["samples_per_row"] += sum(len(row) == config.samples_per_row for row in rows)
+            full[limit] += sum(sum(images[i] for i in row) >= most > 0 for row in rows)
+    (most_often, count), *_ = full.most_common()
     rows = windows * stream.window.rows
     return PackingReport(
         task=stream.task,
@@ -209,6 +220,7 @@ def _check_packing(stream: TaskStream, config: DataConfig, windows: int) -> Pack
         padding=1 - tokens / (rows * config.max_seq_len),
         left_out=1 - placed / made if made else 0.0,
         samples_per_row=placed / rows,
+        full=most_often if 2 * count > rows else "",
     )
 
 
@@ -229,15 +241,16 @@ def _check_mixture(
 def _warnings(packed: tuple[PackingReport, ...]) -> tuple[str, ...]:
     found = []
     for report in packed:
+        first = f"raise data.{report.full}, which most rows reach, or " if report.full else ""
         if report.left_out > _LEFT_OUT:
             found.append(
-                f"{report.left_out:.0%} of the {report.task} samples find no place: take fewer "
-                f"samples or more rows in data.{report.task}."
+                f"{report.left_out:.0%} of the {report.task} samples find no place: {first}take "
+                f"fewer samples or more rows in data.{report.task}."
             )
         elif report.padding > 0.25:
             found.append(
-                f"{report.padding:.0%} of the {report.task} rows are padding: take more samples in "
-                f"data.{report.task}, more images a row, or another max_seq_len."
+                f"{report.padding:.0%} of the {report.task} rows are padding: {first}take more "
+                f"samples in data.{report.task}, or another max_seq_len."
             )
     return tuple(found)
 

@@ -1,6 +1,6 @@
 """A contact sheet: pictures as the model sees them, above texts with the learned part marked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -95,6 +95,16 @@ def _draw_row(sheet: Sheet) -> np.ndarray:
     return np.asarray(page)
 
 
+def _words(text: str, font: ImageFont.FreeTypeFont) -> Iterator[str]:
+    """With the space behind them; what is wider than a cell, as Chinese is, in pieces."""
+    for word in text.split():
+        while (width := font.getlength(word)) > CELL:
+            fitting = max(int(len(word) * CELL / width) - 1, 1)
+            yield word[:fitting]
+            word = word[fitting:]
+        yield word + " "
+
+
 def _wrap(runs: Sequence[tuple[str, str]], font: ImageFont.FreeTypeFont) -> list[list]:
     """Lines of [(kind, word)] no wider than a cell; long runs lose their middle."""
     lines: list[list[tuple[str, str]]] = [[]]
@@ -102,8 +112,7 @@ def _wrap(runs: Sequence[tuple[str, str]], font: ImageFont.FreeTypeFont) -> list
     for kind, text in runs:
         if len(text) > _MOST_CHARS:
             text = f"{text[: _MOST_CHARS // 3]} ... {text[-_MOST_CHARS // 2 :]}"
-        for word in text.split():
-            word += " "
+        for word in _words(text, font):
             if width + font.getlength(word) > CELL and lines[-1]:
                 lines.append([])
                 width = 0.0

@@ -75,10 +75,10 @@ class DataConfig:
     crops_per_row the most to generate, and samples_per_row the most samples of any kind, in one
     row. drop_prompt: share of generation samples.
     max_broken_share: of the samples read since the start (of 1,000 at least); beyond, the run
-    stops, at its first batch or at one of every broken_check_steps. threads and prefetch (in
-    windows): of each process. workers: processes that make the windows instead of threads, where
-    these share one Python lock too slowly. cache: folder of `python -m jflow.data cache`; ""
-    encodes anew.
+    stops: one of several processes at its first batch, or at one of every broken_check_steps.
+    threads and prefetch (in windows): of each process. workers: processes that make the windows
+    instead of threads, where these share one Python lock too slowly. cache: folder of `python -m
+    jflow.data cache`; "" encodes anew.
     """
 
     sources: tuple[SourceConfig, ...]

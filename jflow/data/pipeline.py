@@ -168,11 +168,13 @@ class Loader:
         """The batches of `step` and all that follow, made ahead of time.
 
         gather: gives every process's text to every process, at the same step on all of them; None
-        for JAX's own collectives. last: a step at which broken records are looked at too. Raises
-        ValueError with the list of broken records once they are more than the configured share: on
-        all processes at the same step.
+        for JAX's own collectives. last: a step at which broken records are looked at too, as they
+        are at each where there is one process. Raises ValueError with the list of broken records
+        once they are more than the configured share: on all processes at the same step.
         """
-        config, gather = self._config, gather or gather_texts
+        config = self._config
+        every = 1 if gather is None and jax.process_count() == 1 else config.broken_check_steps
+        gather = gather or gather_texts
         pieces = self._in_processes(step) if config.workers else self._in_threads(step)
         rows, samples, new, broken = {}, 0, [], []
         for now in itertools.count(step):
@@ -181,7 +183,7 @@ class Loader:
             new += [reason for piece in found for reason in piece.broken]
             samples += sum(piece.samples for piece in found)
             reported = []
-            if (now - step) % config.broken_check_steps == 0 or now == last:
+            if (now - step) % every == 0 or now == last:
                 texts = gather(json.dumps([self._process[0], [samples, new]]))
                 # Processes that have the same share, on one mesh row, say the same.
                 shares = dict(json.loads(text) for text in texts).values()

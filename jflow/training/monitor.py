@@ -123,11 +123,13 @@ def _start_wandb(run: Path, project: str, config: dict):
         raise ValueError(
             "wandb is not installed: pip install wandb, or leave the config's wandb empty."
         ) from error
-    # The same id, so that a continued run goes on in the same plot.
-    name = "-".join(run.resolve().parts[-2:])
+    # The id stays with the run: continued, it goes on in the same plot.
+    file, name = run / "wandb_id", "-".join(run.resolve().parts[-2:])
+    known = file.read_text("utf-8") if file.exists() else None
     begun = wandb.init(
-        project=project, id=name, name=name, dir=str(run), config=config, resume="allow"
+        project=project, id=known, name=name, dir=str(run), config=config, resume="allow"
     )
+    file.write_text(begun.id, "utf-8")
     # Its own count of steps never goes back, and a rewound run does.
     begun.define_metric("*", step_metric="step")
     return begun
