@@ -83,7 +83,11 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all `devices` (default: all there are) with axes data, fsdp, tensor.
 
-    Raises ValueError where the sizes do not multiply to the number of devices.
+    Of several TPU slices each has a part of `data`: what crosses the network between them is the
+    sum of gradients alone.
+
+    Raises ValueError where the sizes do not multiply to the number of devices, and where slices do
+    not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = dict(vars(config))
@@ -99,10 +103,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             sizes[name] = len(devices) // given
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"The mesh {shown} is for {given} devices, but there are {len(devices)}.")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise ValueError(f"mesh.data={sizes['data']} does not divide over {slices} slices.")
     # jax.make_mesh refuses data=4, fsdp=16 on v6e-64, where an axis is a part of a side of 8 x 8.
-    grid = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
+    else:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,29 @@ def test_meshes_take_all_devices_or_are_refused():
         MeshConfig(tensor=0)
     with pytest.raises(ValueError, match="Only one size of the mesh can be -1"):
         MeshConfig(data=-1)
+
+
+@dataclass(frozen=True)
+class OfASlice:
+    """What a mesh asks of a device; two slices of a pod repeat their places."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "none"
+    device_kind: str = "none"
+
+
+def test_slices_share_rows_and_nothing_else():
+    """Parameters are gathered inside of one, however the axes are cut."""
+    devices = [OfASlice(number, number // 4) for number in range(8)]
+    for sizes in ((2, 4, 1), (4, 1, 2), (8, 1, 1)):
+        grid = make_mesh(MeshConfig(*sizes), devices).devices
+        assert grid.shape == sizes and len({device.id for device in grid.flat}) == 8
+        for part, half in enumerate(np.split(grid, 2)):
+            assert {device.slice_index for device in half.flat} == {part}
+    with pytest.raises(ValueError, match="mesh.data=1 does not divide over 2 slices"):
+        make_mesh(MeshConfig(1, 8, 1), devices)
 
 
 def test_batches_keep_their_rows():

@@ -27,7 +27,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 
 from jflow.models.layers import FLASH_RESIDUALS, KVCache, Precision, Prefix, platform
-from jflow.sharding import spec
+from jflow.sharding import constrain, spec
 
 Implementation = Literal["auto", "xla", "splash", "cudnn"]
 
@@ -211,7 +211,7 @@ def _xla_in_blocks(q, k, v, segment_ids, precision) -> jax.Array:
 
 
 def _cudnn(q, k, v, segment_ids) -> jax.Array:
-    """cuDNN's flash attention; JAX splits it over a mesh by itself.
+    """cuDNN's flash attention; JAX splits it over a mesh by itself, as its queries lie.
 
     With segments it is computed in blocks of queries, each over the keys up to its end, so that
     half of the products fall away and no whole mask exists.
@@ -224,6 +224,7 @@ def _cudnn(q, k, v, segment_ids) -> jax.Array:
     @partial(jax.checkpoint, policy=_keep_flash)
     def block(q, k, v, query_ids, key_ids):
         mask = _rows_of_mask(query_ids, key_ids, k.shape[1] - q.shape[1])[:, None]
+        mask = constrain(mask, "batch", None, None, None)
         return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
 
     out = []
@@ -262,6 +263,8 @@ def _cudnn_packed(q, k, v, segment_ids, segments: int) -> jax.Array:
     q, k, v, segment_ids = _padded(q, k, v, segment_ids, 2)
     starts, lengths = runs(segment_ids, segments)
     starts = jnp.pad(starts, ((0, 0), (0, 1)), constant_values=-1)
+    # JAX takes these as they happen to lie: to be those of a device's own rows they are told to.
+    starts, lengths = constrain(starts, "batch", None), constrain(lengths, "batch", None)
     out = fused.dot_product_attention(
         q, k, v,
         q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts, kv_offsets=starts,
