@@ -177,6 +177,11 @@ def test_training_is_the_same_on_eight_devices():
 
 
 @pytest.mark.slow
+def test_a_batch_in_parts_is_the_same_on_eight_devices():
+    virtual.run("parts", (2, 2, 2))
+
+
+@pytest.mark.slow
 def test_factors_learn_the_same_on_eight_devices():
     virtual.run("LoRA", (2, 2, 2), (1, 8, 1), (1, 1, 8))
 

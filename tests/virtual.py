@@ -99,22 +99,22 @@ def batch() -> Batch:
     return Batch(text=stack(written), images=stack(drawn))
 
 
-def check_logits(program: str, mesh: jax.sharding.Mesh) -> None:
+def check_logits(program: str, mesh: jax.sharding.Mesh, rows: int) -> None:
     """A chunk of 8 positions has logits of this device's rows and words, and no others."""
-    rows, words = 8 // sharding.row_multiple(mesh), WORDS // mesh.shape["tensor"]
+    rows, words = rows // sharding.row_multiple(mesh), WORDS // mesh.shape["tensor"]
     shapes = set(re.findall(rf"f32\[(?:{rows},8|{8 * rows}),(\d+)\]", program))
     assert str(words) in shapes, shapes
     assert words == WORDS or str(WORDS) not in shapes, shapes
 
 
-def check_rows(program: str, mesh: jax.sharding.Mesh) -> None:
-    """No device is sent the hidden vectors, [8, positions, 32], of other devices' rows, and none
+def check_rows(program: str, mesh: jax.sharding.Mesh, rows: int) -> None:
+    """No device is sent the hidden vectors, [rows, positions, 32], of other devices' rows, and none
     meets the others for every tap of a depthwise kernel."""
     kinds = "all-gather|all-reduce|all-to-all|reduce-scatter"
     found = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", program)
     assert found or mesh.size == 1
     if sharding.row_multiple(mesh) > 1:
-        assert not re.findall(r"\[8,\d+,32\]", " ".join(found))
+        assert not re.findall(rf"\[(?:8|{rows}),\d+,32\]", " ".join(found))
         assert not re.findall(rf" (?:{kinds})(?:-start)?\(.*res_blocks_\d+/while", program)
 
 
@@ -130,16 +130,20 @@ def restored(tree: dict, mesh: jax.sharding.Mesh) -> dict:
 
 
 def train(
-    mesh: jax.sharding.Mesh | None, factors: LoraConfig | None = None
+    mesh: jax.sharding.Mesh | None, factors: LoraConfig | None = None, parts: int = 1
 ) -> tuple[list[dict], TrainState]:
-    """Two steps: what each reports, and the state behind the first. factors: train them alone."""
+    """Two steps: what each reports, and the state behind the first.
+
+    factors: train them alone. parts: of the batch, of which each has its rows on all devices.
+    """
     objective = partial(
         objectives.janusflow,
         seed=5,
         modules=replace(networks(remat="full"), lora=factors),
         config=ObjectiveConfig(repa_layer=1, ar_chunk=8),
     )
-    step = partial(train_step, objective=objective, optimizer=OPTIMIZER, ema=EMAConfig(0.9, 1))
+    config = replace(OPTIMIZER, accumulate=parts)
+    step = partial(train_step, objective=objective, optimizer=config, ema=EMAConfig(0.9, 1))
     trainable = optimizer.SFT if factors is None else (FACTORS,)
 
     def begin(tree):
@@ -165,8 +169,8 @@ def train(
     step = step.lower(state, rows).compile(FAST)
     state, first = step(state, rows)
     if mesh is not None:
-        check_logits(step.as_text(), mesh)
-        check_rows(step.as_text(), mesh)
+        check_logits(step.as_text(), mesh, 8 // parts)
+        check_rows(step.as_text(), mesh, 8 // parts)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params | before.ema))
         for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
             assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -175,7 +179,9 @@ def train(
     return jax.device_get([first, second]), after
 
 
-def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = None) -> None:
+def training(
+    meshes: list[tuple[int, int, int]], factors: LoraConfig | None = None, parts: int = 1
+) -> None:
     """Losses, gradients (AdamW's first moment is a tenth of them) and averages, within 1e-5."""
     (first, second), alone = train(None, factors)
     assert first["gradient_norm"][0] > (1 if factors is None else 0.1)
@@ -183,7 +189,7 @@ def training(meshes: list[tuple[int, int, int]], factors: LoraConfig | None = No
     for sizes in meshes:
         mesh = make_mesh(sizes)
         with jax.set_mesh(mesh):
-            (got_first, got_second), state = train(mesh, factors)
+            (got_first, got_second), state = train(mesh, factors, parts)
         for got, want in ((got_first, first), (got_second, second)):
             for name, (total, _) in want.items():
                 np.testing.assert_allclose(got[name][0], total, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -314,6 +320,7 @@ if __name__ == "__main__":
     checks = {
         "training": training,
         "LoRA": training_factors,
+        "parts": partial(training, parts=2),
         "sampling": sampling,
         "sample.py": sample_command,
     }
