@@ -27,7 +27,7 @@ from jflow import checkpoints, distributed, images
 from jflow.compilation import CompileStats, enable_cache, out_of_memory
 from jflow.inference.pipeline import AnswerOptions, ImageOptions, Pipeline, Question
 from jflow.plan import sampling
-from jflow.prompts import Message, user_question
+from jflow.prompts import Message, require_prompt, user_question
 from jflow.samplers import SOLVERS
 from jflow.sharding import MeshConfig, make_mesh
 from jflow.training import runs
@@ -190,6 +190,8 @@ def prepare(args: argparse.Namespace) -> Callable[[Pipeline], int]:
         if args.num < 1:
             raise ValueError(f"--num must be at least 1, not {args.num}.")
         texts = args.prompt + (list(read_lines(args.prompts).values()) if args.prompts else [])
+        for text in texts:
+            require_prompt(text)
         init_image = images.load_image(args.init_image) if args.init_image else None
         require_writable(out)
         return partial(draw, args, options, texts, init_image)
@@ -197,7 +199,10 @@ def prepare(args: argparse.Namespace) -> Callable[[Pipeline], int]:
     if args.questions:
         require_writable(out.parent if out.suffix == ".jsonl" else out)
         return partial(answer_file, args, answering, read_lines(args.questions))
-    return partial(converse, args, answering, tuple(map(images.load_image, args.image)))
+    pictures = tuple(map(images.load_image, args.image))
+    # Images stand in the first question.
+    asked = [user_question(text, 0 if i else len(pictures)) for i, text in enumerate(args.question)]
+    return partial(converse, args, answering, asked, pictures)
 
 
 def require_writable(folder: Path) -> None:
@@ -245,16 +250,16 @@ def draw(
 def converse(
     args: argparse.Namespace,
     options: AnswerOptions,
+    asked: list[str],
     pictures: tuple[Image.Image, ...],
     pipeline: Pipeline,
 ) -> int:
-    """Asks the questions one after the other about the images; returns how many."""
+    """Asks the questions, in the model's words, one after the other; returns how many."""
     messages: tuple[Message, ...] = ()
-    for turn, text in enumerate(args.question):
-        asked = user_question(text, len(pictures)) if turn == 0 else text
-        messages += (Message("User", asked), Message("Assistant", ""))
-        if turn or len(args.question) > 1:
-            say(f"> {text}")
+    for turn, (text, written) in enumerate(zip(asked, args.question, strict=True)):
+        messages += (Message("User", text), Message("Assistant", ""))
+        if len(asked) > 1:
+            say(f"> {written}")
         shown = ""
         for (answer,) in pipeline.answer([Question(messages, pictures, turn)], options):
             # A character of several tokens shows as a replacement character until it is whole.
@@ -263,7 +268,7 @@ def converse(
             shown = ready
         say(answer[len(shown) :])
         messages = messages[:-1] + (Message("Assistant", answer),)
-    return len(args.question)
+    return len(asked)
 
 
 @dataclass(frozen=True)

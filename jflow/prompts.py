@@ -26,6 +26,8 @@ TAGS = {
     "image_end_tag": "<end_of_image>",
 }
 LLAVA_TAG = "<image>"  # what LLaVA's files, and people, write for it
+# What processor_config.json calls the template of `chat_text`, depending on its date.
+SFT_FORMATS = ("deepseek", "deepseek_old")
 # "chat" is the released one; "pretrain" is the paper's for stages 1 and 2: captions and questions
 # without roles, questions behind their images.
 Template = Literal["chat", "pretrain"]
@@ -122,7 +124,8 @@ class Tokenizer:
 
         Args: num_image_tokens: where processor_config.json says nothing.
 
-        Raises ValueError in one sentence if tokenizer.json is missing or is none.
+        Raises ValueError in one sentence if tokenizer.json is missing or is none, and for a chat
+        template that is not `chat_text`'s.
         """
         if "tokenizer.json" not in files:
             raise ValueError(
@@ -139,6 +142,12 @@ class Tokenizer:
         tokenizer.no_padding()
         processor = {"num_image_tokens": num_image_tokens}
         processor |= _parse(files, "processor_config.json")
+        template = processor.get("sft_format", SFT_FORMATS[0])
+        if template not in SFT_FORMATS:
+            raise ValueError(
+                f"processor_config.json has the sft_format {template!r}, but the only chat "
+                f"template here is JanusFlow's, {' or '.join(SFT_FORMATS)}."
+            )
         return cls(tokenizer, special, processor, config.get("add_bos_token", True))
 
     def _id(self, token: str) -> int:
@@ -174,9 +183,8 @@ class Tokenizer:
 def chat_text(messages: Sequence[Message], system_prompt: str) -> str:
     """The released chat template: "User: ...\\n\\nAssistant: ...<end of sentence>".
 
-    The separator alternates by the number of the turn, not by its role. processor_config.json
-    names this template "deepseek" or "deepseek_old" depending on its date; the model knows only
-    this one.
+    The separator alternates by the number of the turn, not by its role. The model knows only this
+    template, whichever of SFT_FORMATS its files call it.
     """
     text = f"{system_prompt}\n\n" if system_prompt else ""
     for turn, message in enumerate(messages):
@@ -193,14 +201,25 @@ def with_placeholders(text: str) -> str:
     return text.replace(LLAVA_TAG, IMAGE_TAG)
 
 
+def _require_question(text: str) -> None:
+    """Raises ValueError for an empty question."""
+    if not text.strip():
+        raise ValueError("The question is empty: write what you want to know.")
+
+
+def require_prompt(text: str) -> None:
+    """Raises ValueError for an empty prompt."""
+    if not text.strip():
+        raise ValueError("The prompt is empty: write what the image should show.")
+
+
 def user_question(question: str, num_images: int) -> str:
     """The user's turn about images: their placeholders, a line each, unless it says where they go
     (<image> or the model's own).
 
     Raises ValueError for an empty question.
     """
-    if not question.strip():
-        raise ValueError("The question is empty: write what you want to know.")
+    _require_question(question)
     question = with_placeholders(question)
     if IMAGE_TAG in question:
         return question
@@ -243,12 +262,13 @@ def understanding_tokens_with_ends(
 
 def _check_questions(messages: Sequence[Message], tags: int, num_images: int, tag: str) -> None:
     """Raises ValueError for an empty turn of the user, and for other placeholders than images."""
-    if any(message.role == "User" and not message.content.strip() for message in messages):
-        raise ValueError("The question is empty: write what you want to know.")
+    for message in messages:
+        if message.role == "User":
+            _require_question(message.content)
     if tags != num_images:
         raise ValueError(
-            f"The conversation has {tags} {tag} but {num_images} images came with it: write one "
-            f"for each image."
+            f"The conversation has {tags} {tag} but {num_images} images came with it: write one, "
+            f"or {LLAVA_TAG}, for each image."
         )
 
 
@@ -265,8 +285,7 @@ def generation_tokens(tokenizer: Tokenizer, prompt: str, template: Template = "c
     off again; the time token takes its place.
     Raises ValueError for an empty prompt.
     """
-    if not prompt.strip():
-        raise ValueError("The prompt is empty: write what the image should show.")
+    require_prompt(prompt)
     text = prompt.strip()
     if template == "chat":
         text = chat_text([Message("User", prompt), Message("Assistant", "")], "")

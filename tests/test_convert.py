@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 
 from jflow import checkpoints
@@ -170,7 +171,7 @@ def broken_sources():
         without_config: "There is no config.json",
         other_config: "not a JanusFlow",
         broken_json: "tokenizer.json is not valid JSON",
-        without_weights: "no *.safetensors files",
+        without_weights: "with the library it came from (transformers, diffusers)",
         smaller: "unexpected: language_model.model.layers.3.mlp.down_proj.weight",
     }
 
@@ -197,6 +198,24 @@ def test_a_download_that_fails_is_one_sentence(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "nobody/nothing is not a folder" in error and "no network\n" in error
     assert not list(tmp_path.iterdir())
+
+
+def test_any_usual_file_of_a_vae_on_the_hub_is_fetched(tmp_path, monkeypatch):
+    """Such as half precision alone, but no second copy under another name."""
+    repository = shutil.copytree(VAE, tmp_path / "vae")
+    (repository / VAE_FILE).rename(repository / "diffusion_pytorch_model.fp16.safetensors")
+    (repository / "sdxl_vae.safetensors").write_bytes(b"the same weights under other names")
+
+    def download(source, allow_patterns):
+        def others(_, names):
+            return set(names) - set(filter_repo_objects(names, allow_patterns=allow_patterns))
+
+        return shutil.copytree(repository, tmp_path / "cache", ignore=others)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    ckpt = tmp_path / "ckpt"
+    assert main(["from-hf", str(TINY), "--vae", "some/vae", "--out", str(ckpt)]) == 0
+    assert "vae" in checkpoints.load_checkpoint(ckpt)[0]
 
 
 def test_problems_of_both_models_are_listed(tmp_path, capsys):

@@ -15,7 +15,7 @@ from jflow.inference.image import (
     initial_noise,
     sample_latents,
 )
-from jflow.inference.parts import check_parts, latent_shape, read_processors
+from jflow.inference.parts import check_parts, drawn_shape, latent_shape, read_processors
 from jflow.inference.pipeline import PROMPT_BUCKET, ImageOptions, pad_rows
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig, init_params
 from jflow.models.layers import Precision
@@ -235,9 +235,24 @@ def test_files_of_processors_may_be_absent(tiny, tiny_ckpt):
     check_parts(tiny.model.config, tiny.vae, tokenizer, processor)
 
 
-def test_sizes_that_the_decoder_does_not_give_back_cannot_be_drawn(tiny):
+def test_sizes_that_the_decoder_does_not_give_back_are_drawn_at_siglips_grid(tiny):
+    """As the released samplers do: 4 x 4 tokens are 8 x 8 latents, whatever the patches' size."""
+    config = tiny.model.config
+    odd = replace(config, siglip=replace(config.siglip, image_size=56, patch_size=14))
+    with pytest.raises(ValueError, match="have 7 latents .* back 6: .* draws with 8, but"):
+        latent_shape(odd, VAEConfig())
+    pipeline = replace(tiny, model=tiny.model.clone(config=odd))
+    options = ImageOptions(steps=2, strength=0.5)
+    image = Image.new("RGB", (90, 80), "orange")
+    got, want = (next(p.generate([SHORT], 1, options, 1, image)) for p in (pipeline, tiny))
+    assert got.shape == (1, 64, 64, 3)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_without_a_size_that_the_decoder_gives_back_nothing_is_drawn(tiny):
     """Such a checkpoint still answers, as the released code does."""
     config = tiny.model.config
-    odd = replace(config, siglip=replace(config.siglip, image_size=56))
-    with pytest.raises(ValueError, match="7 latents along a side, but the decoder gives back"):
-        latent_shape(odd, VAEConfig())
+    odd = replace(config, gen_decoder=replace(config.gen_decoder, upsamples=2))
+    for shape in (latent_shape, drawn_shape):
+        with pytest.raises(ValueError, match="have 8 latents .* gives back 16: .* but not draw"):
+            shape(odd, VAEConfig())

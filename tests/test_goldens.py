@@ -5,6 +5,7 @@ The reference is the released PyTorch code; `ATOL` is absolute.
 
 import json
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from jflow import flow, images
+from jflow import checkpoints, flow, images
 from jflow.batch import ImageRows, TextRows
 from jflow.convert.engine import flatten, inverse, plan
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES
@@ -24,6 +25,9 @@ from jflow.inference.image import (
     velocity,
 )
 from jflow.inference.text import decode, prefill
+from jflow.models.janusflow import JanusFlow, JanusFlowConfig
+from jflow.models.layers import sinusoidal_embedding
+from jflow.models.vae import AutoencoderKL, VAEConfig
 from jflow.training.objectives import Modules, ObjectiveConfig, image_sums, text_sums
 from tests.goldens import ATOL, GOLDEN, golden, nhwc
 
@@ -35,6 +39,21 @@ def close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=ATOL)
 
 
+class Tiny(NamedTuple):
+    """A Pipeline's without its tokenizer, which goldens need not have: they hold token ids."""
+
+    model: JanusFlow
+    vae: AutoencoderKL
+    params: dict
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_ckpt):
+    params, config, _ = checkpoints.load_checkpoint(tiny_ckpt, jnp.float32)
+    model = JanusFlow(JanusFlowConfig.from_hf(config["janusflow"], config["siglip"]), segments=2)
+    return Tiny(model, AutoencoderKL(VAEConfig.from_hf(config["vae"])), params)
+
+
 @pytest.fixture
 def apply(tiny):
     def call(method, *args):
@@ -43,10 +62,11 @@ def apply(tiny):
     return call
 
 
-def guidance_and_steps(run: str) -> tuple[float, int]:
+def guidance_and_steps(name: str) -> tuple[float, int]:
+    """Of the sampler that the array's description in the manifest tells of."""
     manifest = json.loads((GOLDEN / "manifest.json").read_text())
-    what = manifest["golden_tiny_gen.safetensors"]["arrays"][f"{run}.z_final"]["what"]
-    steps, scale = re.match(r"(\d+) Euler steps, cfg ([\d.]+)", what).groups()
+    what = manifest["golden_tiny_gen.safetensors"]["arrays"][name]["what"]
+    scale, steps = (re.search(p, what)[1] for p in (r"cfg ([\d.]+)", r"(\d+) (?:Euler )?steps"))
     return float(scale), int(steps)
 
 
@@ -99,8 +119,9 @@ def test_understanding_logits_at_plain_positions(apply):
 def test_greedy_tokens(tiny):
     """Padded at the right where the reference pads at the left; tokens are exact."""
     mask, ids = UND["in.A.attention_mask"].astype(bool), UND["in.A.input_ids"]
+    special = json.loads((GOLDEN / "tiny" / "token_ids.json").read_text())
     lengths, width = mask.sum(1).astype(np.int32), mask.shape[1] + 5
-    tokens = np.full((len(ids), width), tiny.tokenizer.pad_id, np.int32)
+    tokens = np.full((len(ids), width), special["pad"], np.int32)
     sequence_mask = np.zeros((len(ids), width), bool)
     for b, length in enumerate(lengths):
         tokens[b, :length] = ids[b, mask[b]]
@@ -117,7 +138,7 @@ def test_greedy_tokens(tiny):
         close(state.logits, UND["generated_logits"][:, i])
         state, new = decode(
             tiny.model, params, state, keys, None, np.float32(1),
-            np.int32(tiny.tokenizer.eos_id), 1,
+            np.int32(special["eos"]), 1,
         )  # fmt: skip
         got.append(new[:, 0])
     np.testing.assert_array_equal(np.stack(got, 1), want)
@@ -126,9 +147,11 @@ def test_greedy_tokens(tiny):
 # Generation.
 
 
-def test_encoder(apply):
+def test_encoder(tiny, apply):
     z, t = nhwc(GEN["in.static.z"]), GEN["in.static.t"]
     n = len(z)
+    features = sinusoidal_embedding(t, tiny.model.config.gen_encoder.channels)
+    np.testing.assert_allclose(features, GEN["static.time_proj"][:n], rtol=0, atol=1e-6)
     gen = apply("encode_latents", z, t)
     close(gen.skip, nhwc(GEN["static.z_emb"])[:n])
     close(gen.t_emb, GEN["static.t_emb"][:n])
@@ -162,14 +185,19 @@ def test_velocity(apply):
     gen, x, positions, mask = static_sequence(apply)
     hidden = apply("language", x, positions, mask).hidden
     close(hidden * mask[..., None], GEN["static.hidden_final"] * mask[..., None])
-    v = apply("decode_velocity", hidden[:, -gen.embeddings.shape[1] + 1 :], gen.skip, gen.t_emb)
+    latents = hidden[:, -gen.embeddings.shape[1] + 1 :]
+    aligned = apply(
+        lambda model, x: model.vision_gen_dec_aligner(model.vision_gen_dec_aligner_norm(x)), latents
+    )
+    close(aligned, rearrange(GEN["static.dec_in"], "B C h w -> B (h w) C"))
+    v = apply("decode_velocity", latents, gen.skip, gen.t_emb)
     close(v, nhwc(GEN["static.velocity"]))
     v_cond, v_uncond = jnp.split(v, 2)
     close(flow.guide(v_cond, v_uncond, 2.0), nhwc(GEN["static.v_cfg2"]))
     close(flow.guide(v_cond, v_uncond, 5.0), nhwc(GEN["static.v_cfg5"]))
 
 
-def prompts(tiny, count: int, tag: str = "demo", padding: int = 3):
+def prompts(count: int, tag: str = "demo", padding: int = 3):
     ids = GEN[f"in.prompt_ids_{tag}"][:-1]
     tokens = np.tile(np.pad(ids, (0, padding)), (count, 1)).astype(np.int32)
     return tokens, np.full(count, len(ids), np.int32)
@@ -178,7 +206,7 @@ def prompts(tiny, count: int, tag: str = "demo", padding: int = 3):
 def test_velocity_behind_the_cache(tiny):
     """Prompt encoded once, encoder run once, unconditional half out of the same cache."""
     params, z = tiny.params["janusflow"], nhwc(GEN["in.static.z"])
-    tokens, lengths = prompts(tiny, 1)
+    tokens, lengths = prompts(1)
     prefix = encode_prefix(tiny.model, params, tokens, lengths)
     for row, t in enumerate(GEN["in.static.t"]):
         args = (tiny.model, params, prefix, lengths)
@@ -192,17 +220,20 @@ def test_velocity_behind_the_cache(tiny):
 @pytest.mark.parametrize("run", RUNS)
 def test_guided_euler_runs(tiny, run):
     """Latents on the way and at the end, the first velocity, and the decoded pictures."""
-    scale, steps = guidance_and_steps(run)
+    scale, steps = guidance_and_steps(f"{run}.z_final")
     grid, z0 = flow.time_grid(steps), nhwc(GEN["in.z0"])
-    tokens, lengths = prompts(tiny, len(z0))
+    tokens, lengths = prompts(len(z0))
+    params = tiny.params["janusflow"]
 
     def latents(n):
         return sample_latents(
-            tiny.model, tiny.params["janusflow"], tokens, lengths, z0, grid.timesteps[:n],
-            grid.dt[:n], np.float32(scale),
+            tiny.model, params, tokens, lengths, z0, grid.timesteps[:n], grid.dt[:n],
+            np.float32(scale),
         )  # fmt: skip
 
-    close((latents(1) - z0) / grid.dt[0], nhwc(GEN[f"{run}.v_step0"]))
+    prefix = encode_prefix(tiny.model, params, tokens, lengths)
+    guided = guided_velocity(tiny.model, params, prefix, lengths, jnp.float32(scale))
+    close(guided(z0, grid.timesteps[0]), nhwc(GEN[f"{run}.v_step0"]))
     ways = [name for name in GEN if name.startswith(f"{run}.z_after_")]
     assert ways
     for name in ways:
@@ -222,11 +253,12 @@ def test_guided_euler_runs(tiny, run):
 def test_readme_loop(tiny):
     """The other published sampler: another tag at the end of the prompt, the same latents."""
     want = nhwc(GEN["readme.z_over_scale"]) * tiny.vae.config.scaling_factor
-    grid, z0 = flow.time_grid(30), nhwc(GEN["in.z0"])[: len(want)]
-    tokens, lengths = prompts(tiny, len(z0), "readme")
+    scale, steps = guidance_and_steps("readme.z_over_scale")
+    grid, z0 = flow.time_grid(steps), nhwc(GEN["in.z0"])[: len(want)]
+    tokens, lengths = prompts(len(z0), "readme")
     z = sample_latents(
         tiny.model, tiny.params["janusflow"], tokens, lengths, z0, grid.timesteps, grid.dt,
-        np.float32(2),
+        np.float32(scale),
     )  # fmt: skip
     close(z, want)
     pixels = decode_latents(tiny.vae, tiny.params["vae"], z)
@@ -272,6 +304,17 @@ def pack(array: np.ndarray) -> np.ndarray:
 def segments(mask: np.ndarray) -> np.ndarray:
     """[B, T] masks -> packed segment ids, 0 where the mask is."""
     return pack(mask * np.arange(1, len(mask) + 1)[:, None])
+
+
+def test_velocity_of_the_training_batch(apply):
+    """Each sample in its own row; packed, their losses are compared below."""
+    z_t, t, ids = nhwc(GRAD["rf.in.z_t"]), GRAD["rf.in.t"], GRAD["rf.in.prompt_ids"]
+    gen = apply("encode_latents", z_t, 1000 * t)
+    x = jnp.concatenate([apply("embed_text", ids), gen.embeddings], axis=1)
+    positions = np.broadcast_to(np.arange(x.shape[1]), x.shape[:2])
+    hidden = apply("language", x, positions, GRAD["rf.in.attention_mask"]).hidden
+    v = apply("decode_velocity", hidden[:, ids.shape[1] + 1 :], gen.skip, gen.t_emb)
+    close(v, nhwc(GRAD["rf.velocity"]))
 
 
 def test_rectified_flow_loss_and_gradients(tiny):

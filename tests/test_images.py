@@ -108,13 +108,6 @@ def test_uint8_pixels():
     assert np.all((levels - back >= 0) & (levels - back <= 1))
 
 
-def test_to_uint8_is_the_demo():
-    gen = golden("golden_tiny_gen")
-    for run in ("run30", "run8"):
-        decoded = np.moveaxis(gen[f"{run}.decoded"], 1, -1)
-        np.testing.assert_array_equal(images.to_uint8(decoded), gen[f"{run}.demo_uint8"])
-
-
 @pytest.mark.parametrize("size", [(96, 64), (64, 96), (64, 64), (200, 32)])
 def test_center_crop_square(size):
     """Against resizing the whole image and cropping then."""

@@ -219,6 +219,7 @@ def test_pad_is_eos_where_the_vocabulary_has_none():
         ({"tokenizer.json": "{}"}, "tokenizer.json cannot be read"),
         (TINY | {"processor_config.json": "{"}, "processor_config.json is not valid JSON"),
         (edited(special_tokens_map={"bos_token": "<none>"}), "'<none>'"),
+        (edited(processor_config={"sft_format": "plain"}), "sft_format 'plain', but the only"),
     ],
 )
 def test_broken_files_are_named(files, message):
@@ -232,6 +233,7 @@ def test_broken_files_are_named(files, message):
 @pytest.mark.parametrize("case", SFT["cases"], ids=lambda case: case["output"][-40:])
 def test_chat_template(case):
     messages = [Message(**message) for message in case["conversation"]]
+    assert case["sft_format"] in prompts.SFT_FORMATS
     assert prompts.chat_text(messages, case["system_prompt"]) == case["output"]
 
 
@@ -336,7 +338,8 @@ def test_placeholders_of_the_question_are_kept():
 @pytest.mark.parametrize("written, given", [(0, 1), (2, 1), (1, 0)])
 def test_placeholders_must_match_the_images(tokenizer, written, given):
     messages = [Message("User", "<image_placeholder>" * written + "What?")]
-    with pytest.raises(ValueError, match=f"{written} <image_placeholder> but {given} images"):
+    wrong = f"{written} <image_placeholder> but {given} images .* or <image>, for each image"
+    with pytest.raises(ValueError, match=wrong):
         prompts.understanding_tokens(tokenizer, messages, given)
 
 
@@ -344,6 +347,8 @@ def test_placeholders_must_match_the_images(tokenizer, written, given):
 def test_empty_texts_are_refused(tokenizer, text):
     with pytest.raises(ValueError, match="prompt is empty"):
         prompts.generation_tokens(tokenizer, text)
+    with pytest.raises(ValueError, match="prompt is empty"):
+        prompts.require_prompt(text)
     with pytest.raises(ValueError, match="question is empty"):
         prompts.user_question(text, 1)
     turns = [Message("User", "What?"), Message("Assistant", ""), Message("User", text)]

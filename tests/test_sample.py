@@ -167,11 +167,22 @@ def test_options_without_effect_are_refused(args, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_what_files_and_options_tell_is_told_before_loading(tiny_ckpt, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--prompt", "x", "--steps", "0"], "steps must be"),
+        (["--prompt", "x", "--prompt", ""], "prompt is empty"),
+        (["--question", "x", "--image", "no.png"], "no image file"),
+        (["--question", "x", "--question", " "], "question is empty"),
+    ],
+)
+def test_what_files_and_options_tell_is_told_before_loading(
+    tiny_ckpt, args, message, capsys, monkeypatch, tmp_path
+):
     monkeypatch.setattr(Pipeline, "from_checkpoint", None)
-    for args in (["--prompt", "x", "--steps", "0"], ["--question", "x", "--image", "no.png"]):
-        assert sample.main(["--ckpt", str(tiny_ckpt), *args]) == 2
-        assert "sample.py: " in capsys.readouterr().err
+    assert sample.main(["--ckpt", str(tiny_ckpt), "--out", str(tmp_path), *args]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sample.py: ") and message in error
 
 
 @pytest.mark.parametrize(
@@ -198,6 +209,7 @@ def test_what_files_and_options_tell_is_told_before_loading(tiny_ckpt, capsys, m
         (["--prompt", "x", "--init-image", "README.md"], "README.md is not an image"),
         (["--prompts", "nowhere.txt"], "nowhere.txt"),
         (["--question", " "], "question is empty"),
+        (["--question", "x", "--question", "<image>?"], "but 0 images came with it: write one, or"),
         (["--question", "x", "--image", "docs"], "docs is a folder"),
         (["--question", "x", "--top-p", "0"], "top_p must be in"),
     ],

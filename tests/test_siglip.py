@@ -136,6 +136,13 @@ def test_unknown_name_lists_the_known_ones():
         SiglipConfig.from_hf({"model_name": "siglip_huge"})
 
 
+def test_a_side_file_of_another_siglip_is_refused():
+    sizes = SIGLIP_BY_NAME["siglip_large_patch16_384"] | {"model_name": "siglip_a"}
+    assert SiglipConfig.from_hf({"model_name": "siglip_a"}, sizes).width == 1024
+    with pytest.raises(ValueError, match="describes 'siglip_a', but .* is 'siglip_b'"):
+        SiglipConfig.from_hf({"model_name": "siglip_b"}, sizes)
+
+
 def test_wrong_image_size_is_an_error():
     config = random_config(0)
     variables = {"params": our_params(reference(config, 0), config.layers)}

@@ -166,6 +166,17 @@ def test_decoder_doubles_as_often_as_it_is_told(upsamples):
     np.testing.assert_allclose(got, y, rtol=2e-5, atol=2e-5)
 
 
+def test_only_the_last_channels_count_in_a_decoder():
+    params = {"block_out_channels": [5, 3], "upsamples": 2}
+    decoder = GenDecoderConfig.from_hf(params | {"in_channels": 4, "hidden_size": 6})
+    x, skip, t_emb = jnp.zeros((1, 2, 2, 4)), jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 6))
+    init = GenDecoder(decoder).init
+    tree = jax.eval_shape(init, jax.random.key(0), x, skip, t_emb)["params"]
+    assert tree["out_convs_0"]["unpatch_conv"]["kernel"].shape == (7, 4 * 3)
+    with pytest.raises(ValueError, match=r"\(5, 3\) of the generation encoder must all be equal"):
+        GenEncoderConfig.from_hf(params)
+
+
 def test_a_channel_of_zeros_has_a_finite_gradient():
     """GELU underflows to 0; torch's gradient there is 0, not NaN."""
     x = np.random.default_rng(0).standard_normal((1, 3, 3, 4), np.float32)

@@ -208,10 +208,13 @@ def test_group_norm_is_float32_inside(dtype, tolerance):
 
 def test_log_variance_is_cut(tiny):
     config, state = tiny
-    bias = np.array([0] * 4 + [-500, 500, -500, 500], np.float32)
+    channels, side = config.latent_channels, config.downscale
+    signs = (-1.0) ** np.arange(1, channels + 1)
+    bias = np.concatenate([np.zeros(channels), 500 * signs]).astype(np.float32)
     params = to_params(state | {"quant_conv.bias": bias})
-    _, logvar = run(AutoencoderKL(config), params, "encode", np.zeros((1, 8, 8, 3), np.float32))
-    np.testing.assert_array_equal(logvar[0, 0, 0], [-30, 20, -30, 20])
+    pixels = np.zeros((1, side, side, 3), np.float32)
+    _, logvar = run(AutoencoderKL(config), params, "encode", pixels)
+    np.testing.assert_array_equal(logvar[0, 0, 0], np.where(signs < 0, -30, 20))
 
 
 @pytest.mark.parametrize(
@@ -232,6 +235,11 @@ def test_refuses_what_it_cannot_express(change, message):
     published = json.loads((GOLDEN / "keys_sdxl_vae.json").read_text())["config"]
     with pytest.raises(ValueError, match=message):
         VAEConfig.from_hf(published | change)
+
+
+def test_a_shift_of_zero_is_none():
+    published = json.loads((GOLDEN / "keys_sdxl_vae.json").read_text())["config"]
+    assert VAEConfig.from_hf(published | {"shift_factor": 0.0}) == VAEConfig()
 
 
 def test_refuses_a_config_that_leaves_a_field_open():

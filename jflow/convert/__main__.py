@@ -36,7 +36,7 @@ from jflow.convert.engine import (
 )
 from jflow.convert.janusflow_rules import JANUSFLOW_RULES, LANGUAGE_RULES
 from jflow.convert.vae_rules import LEGACY_VAE_NAMES, VAE_RULES
-from jflow.inference.parts import check_parts, latent_shape, read_processors
+from jflow.inference.parts import check_parts, drawn_shape, read_processors
 from jflow.models.janusflow import JanusFlowConfig, abstract_params
 from jflow.models.llama import LlamaConfig
 from jflow.models.vae import AutoencoderKL, VAEConfig
@@ -137,7 +137,7 @@ def open_models(sources: list[tuple[str, dict[str, Tensor], list[Leaf]]]) -> Ite
 
 def open_vae(source: str) -> tuple[dict, str, tuple[str, dict[str, Tensor], list[Leaf]]]:
     """(config, its text, what `open_models` takes) of diffusers' AutoencoderKL."""
-    folder = fetch(source, [CONFIG, "diffusion_pytorch_model.safetensors"])
+    folder = fetch(source, [CONFIG, "diffusion_pytorch_model*.safetensors*"])
     config, files = read_config(folder)
     leaves = vae_leaves(VAEConfig.from_hf(config))
     return config, files[CONFIG], ("vae", find_tensors(folder, LEGACY_VAE_NAMES), leaves)
@@ -169,7 +169,7 @@ def from_hf(source: str, vae_source: str | None, out: str) -> None:
     try:
         check_parts(model, vae_module, *read_processors(files, model.siglip))
         effect = f"{out} will not draw"
-        latent_shape(model, vae_module and vae_module.config)
+        drawn_shape(model, vae_module and vae_module.config)
     except ValueError as error:
         # Weights alone are worth having, too.
         print(f"jflow.convert: {effect}. {error}", file=sys.stderr)

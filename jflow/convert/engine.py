@@ -201,7 +201,7 @@ def _tensor_files(folder: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(
             f"There are no *.safetensors files in {folder}: where there are others (*.bin), load "
-            f"the model with transformers and save it again."
+            f"the model with the library it came from (transformers, diffusers) and save it again."
         )
     for file in files:
         if not file.is_file():

@@ -56,10 +56,30 @@ def check_parts(
 
 
 def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, int, int]:
-    """(h, w, c) of the latents of an image of the model's resolution, which is SigLIP's.
+    """(h, w, c) of the latents of an image of the model's resolution, which is SigLIP's; training
+    learns these.
 
     Raises ValueError in one sentence where they need a VAE and there is none, and where the decoder
     would give back another number than the encoder has read.
+    """
+    height, width, channels = drawn_shape(config, vae)
+    side = latent_side(config.siglip.image_size, vae)
+    if side != height:
+        raise ValueError(
+            f"{_mismatch(config, side)}: this checkpoint draws with {height}, but cannot be "
+            f"trained to."
+        )
+    return height, width, channels
+
+
+def drawn_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, int, int]:
+    """(h, w, c) of the latents that are drawn.
+
+    Those of an image of SigLIP's resolution; where the decoder does not give these back, as many as
+    it makes of SigLIP's tokens. The released samplers begin from so many whatever the resolution.
+
+    Raises ValueError in one sentence where they need a VAE and there is none, and where the decoder
+    gives back neither.
     """
     channels = config.gen_encoder.input_channels
     if vae is None and channels != PIXEL_CHANNELS:
@@ -67,11 +87,22 @@ def latent_shape(config: JanusFlowConfig, vae: VAEConfig | None) -> tuple[int, i
             "This checkpoint has no VAE, which generation needs: convert it again with "
             "python -m jflow.convert from-hf SRC --vae VAE --out DIR."
         )
-    side = latent_side(config.siglip.image_size, vae)
-    back = config.gen_encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
-    if back != side:
-        raise ValueError(
-            f"Images of {config.siglip.image_size} pixels have {side} latents along a side, but "
-            f"the decoder gives back {back}: this checkpoint can answer, but not draw them."
-        )
-    return side, side, channels
+    resolution = latent_side(config.siglip.image_size, vae)
+    for side in (resolution, config.siglip.grid * 2**config.gen_decoder.upsamples):
+        if _given_back(config, side) == side:
+            return side, side, channels
+    raise ValueError(
+        f"{_mismatch(config, resolution)}: this checkpoint can answer, but not draw them."
+    )
+
+
+def _given_back(config: JanusFlowConfig, side: int) -> int:
+    """Along a side, how many latents the decoder makes of what the encoder makes of `side`."""
+    return config.gen_encoder.tokens_along(side) * 2**config.gen_decoder.upsamples
+
+
+def _mismatch(config: JanusFlowConfig, side: int) -> str:
+    return (
+        f"Images of {config.siglip.image_size} pixels have {side} latents along a side, but the "
+        f"decoder gives back {_given_back(config, side)}"
+    )

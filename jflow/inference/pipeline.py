@@ -16,7 +16,7 @@ from PIL import Image
 from jflow import checkpoints, flow, images, prompts, rng
 from jflow.distributed import fetch
 from jflow.inference.image import decode_latents, encode_pixels, initial_noise, sample_latents
-from jflow.inference.parts import check_parts, latent_shape, read_processors
+from jflow.inference.parts import check_parts, drawn_shape, read_processors
 from jflow.inference.text import decode, prefill
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision, by_rows
@@ -206,8 +206,8 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """`latent_shape` of this checkpoint."""
-        return latent_shape(self.model.config, self.vae.config if self.vae else None)
+        """`drawn_shape` of this checkpoint."""
+        return drawn_shape(self.model.config, self.vae.config if self.vae else None)
 
     def _check(self, row: np.ndarray, more: int, what: str):
         language = self.model.config.language
@@ -247,7 +247,7 @@ class Pipeline:
         tokens, lengths = pad_rows(rows, PROMPT_BUCKET)
         start = None
         if init_image is not None:
-            size = self.model.config.siglip.image_size
+            size = shape[0] * (self.vae.config.downscale if self.vae else 1)
             pixels = images.from_uint8(images.center_crop_square(init_image, size))
             start = pixels[None]
             if self.vae is not None:

@@ -61,9 +61,16 @@ class SiglipConfig:
           params: model_name, image_size, select_layer, ...
           sizes: the entry that model_name stands for; None to look it up by name.
 
-        Raises ValueError for an unknown name, and for images that are not square.
+        Raises ValueError for an unknown name, for the sizes of another one, and for images that are
+        not square.
         """
         name = params.get("model_name", "siglip_large_patch16_384")
+        described = (sizes or {}).get("model_name", name)
+        if params.get("model_name", described) != described:
+            raise ValueError(
+                f"siglip_model_config.json describes {described!r}, but the SigLIP of config.json "
+                f"is {name!r}: put the sizes of that one there."
+            )
         sizes = sizes or SIGLIP_BY_NAME.get(name)
         if sizes is None:
             raise ValueError(

@@ -22,14 +22,11 @@ from jflow.models.layers import (
 
 def _from_hf(cls, params: dict):
     """The config's own fields out of the released `params`; refuses what changes the network."""
-    channels = tuple(params.get("block_out_channels", (768,)))
-    if len(set(channels)) > 1:
-        raise ValueError(f"block_out_channels {channels} must all be equal.")
     if params.get("dropout", 0.0):
         raise ValueError("Dropout in the generation encoder and decoder is not supported.")
     names = {field.name for field in fields(cls)}
     known = {name: value for name, value in params.items() if name in names}
-    return cls(**known | {"block_out_channels": channels})
+    return cls(**{n: tuple(v) if isinstance(v, list) else v for n, v in known.items()})
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,13 @@ class GenEncoderConfig:
 
     @classmethod
     def from_hf(cls, params: dict) -> "GenEncoderConfig":
-        return _from_hf(cls, params)
+        config = _from_hf(cls, params)
+        if len(set(config.block_out_channels)) > 1:
+            raise ValueError(
+                f"block_out_channels {config.block_out_channels} of the generation encoder must "
+                f"all be equal."
+            )
+        return config
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,8 @@ class VAEConfig:
         required = _fixed_fields(len(given["block_out_channels"]))
         harmless = ("sample_size", "force_upcast")
         for name, value in given.items():
-            if name in names or name in harmless:
+            # A shift of 0 is none.
+            if name in names or name in harmless or (name == "shift_factor" and value == 0):
                 continue
             needed = required.get(name)
             if (list(value) if isinstance(value, tuple) else value) != needed:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jflow.inference.image import decode_latents, sample_latents
-from jflow.inference.parts import latent_shape
+from jflow.inference.parts import drawn_shape
 from jflow.inference.pipeline import PROMPT_BUCKET, VAE_BATCH, ImageOptions
 from jflow.models.janusflow import JanusFlow, JanusFlowConfig
 from jflow.models.layers import Precision
@@ -111,7 +111,7 @@ def compile_parts(
     """
     params, multiple = place_params(params, mesh), row_multiple(mesh)
     rows = -(-batch_size // multiple) * multiple
-    side = latent_shape(model.config, vae and vae.config)[0]
+    side = drawn_shape(model.config, vae and vae.config)[0]
 
     def part(title, lowered, used, formula, images):
         compiled = compile_for(lowered, place, chip_bytes(used))
@@ -130,7 +130,7 @@ def compile_parts(
         latents = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=abstract.placed_rows(mesh))
         with jax.set_mesh(mesh):
             lowered = decode_latents.lower(vae, params["vae"], latents)
-        formula = some * flops.vae_decode_flops(vae.config, model.config.siglip.image_size)
+        formula = some * flops.vae_decode_flops(vae.config, side * vae.config.downscale)
         yield part("pixels", lowered, params["vae"], formula, some)
 
 
