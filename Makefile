@@ -53,7 +53,8 @@ demo shapes: $(VENV)/.installed
 	$(BIN)/python -m jflow.evals --ckpt runs/$@/train --untrained runs/$@/init --out runs/$@ \
 	    --began $$(cat runs/$@/began) $(BENCHMARK)
 
-# The same on one GPU, in eight minutes: $(BIN)/pip install -e ".[cuda]" comes first.
+# The same on one GPU, in about nine minutes, not yet measured whole: $(BIN)/pip install -e ".[cuda]"
+# comes first.
 shapes-gpu: $(VENV)/.installed
 	PYTHON=$(abspath $(BIN)/python) bash scripts/shapes_gpu.sh
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -383,6 +384,8 @@ def main(argv: list[str] | None = None) -> int:
             fits = sampling.tell(args.ckpt, args.plan, mesh, options, args.batch_size, dtype)
             return 0 if fits else 1
         distributed.start(args.coordinator, args.processes, args.process)
+        if jax.process_count() > 1:  # JAX keeps it there for programs that save before they end.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         stats = enable_cache()
         with distributed.failing_together():
             run(args, stats)

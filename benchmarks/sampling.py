@@ -35,7 +35,7 @@ PRESETS = {
 # Largest difference allowed before timing, relative to the root mean square: float32 differs by the
 # order of its sums; bfloat16 by the rounding of every layer, which guidance amplifies.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
-MATMUL = "matmul"
+TOKEN = "Token"  # The table of answering begins so.
 
 
 def serve_ours(connection, workload: Workload) -> None:
@@ -67,6 +67,9 @@ class Worker:
         self.process = context.Process(target=target, args=(theirs, *arguments), daemon=True)
         self.process.start()
         theirs.close()  # so that a process that died ends our waiting
+
+    def wait(self) -> None:
+        """Until the model is there: called once, before the first job."""
         self.connection.recv()
 
     def __call__(self, name: str, *arguments) -> tuple:
@@ -124,21 +127,20 @@ def agree(title: str, contenders: list[Contender], dtype: str) -> float:
     return largest
 
 
-def time_in_turn(works: dict[str, list[Contender]], rounds: int) -> dict[str, np.ndarray]:
-    """{title: seconds [rounds, contenders] of a unit}, A B C A B C; a matmul before each round."""
-    seconds = {title: [] for title in works}
-    timed = [title for title in works if title != MATMUL]
-    total = rounds * sum(len(works[MATMUL]) + len(works[title]) for title in timed)
-    with tqdm(total=total, desc="timing") as bar:
-        for title in timed:
-            for _ in range(rounds):
-                for turn in (MATMUL, title):
-                    row = []
-                    for contender in works[turn]:
-                        row.append(contender.worker(*contender.job)[0] / contender.units)
-                        bar.update()
-                    seconds[turn].append(row)
-    return {title: np.array(rows) for title, rows in seconds.items()}
+def time_in_turn(
+    title: str, contenders: list[Contender], products: list[Contender], rounds: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of a unit, A B C A B C, and of the products before each round: [rounds, each]."""
+    seconds, of_products = [], []
+    with tqdm(total=rounds * (len(contenders) + len(products)), desc=title) as bar:
+        for _ in range(rounds):
+            for turn, found in ((products, of_products), (contenders, seconds)):
+                row = []
+                for contender in turn:
+                    row.append(contender.worker(*contender.job)[0] / contender.units)
+                    bar.update()
+                found.append(row)
+    return np.array(seconds), np.array(of_products)
 
 
 def rows_of(contenders: list[Contender], seconds: np.ndarray, peak: float) -> list[Row]:
@@ -176,8 +178,6 @@ def works_of(
         for released in (False, True)
     )
     answer = answer_flops(workload.config, workload.prefix_tokens, workload.new_tokens)
-    product = 2.0 * workload.matmul_size**3
-    repeats = 20 if args.device == "gpu" else 3
     steps, tokens = workload.steps, workload.new_tokens
     works = {
         f"Euler step with guidance, batch {n}": [
@@ -189,16 +189,23 @@ def works_of(
         ]
         for n in args.batch
     }
-    works[f"Token behind {workload.prefix_tokens}, batch 1"] = [
+    works[f"{TOKEN} behind {workload.prefix_tokens}, batch 1"] = [
         Contender("ours", ours, ("answer",), answer, tokens),
         Contender("PyTorch, StaticCache", torch, ("answer static",), answer, tokens),
         Contender("PyTorch, DynamicCache", torch, ("answer dynamic",), answer, tokens),
     ]
-    works[MATMUL] = [
-        Contender("JAX", ours, ("matmul", repeats), product, 1),
-        Contender("PyTorch", torch, ("matmul", repeats), product, 1),
-    ]
     return works
+
+
+def products_of(
+    args: argparse.Namespace, workload: Workload, ours: Worker, torch: Worker
+) -> list[Contender]:
+    """The square products that stand for the machine's peak, of both frameworks."""
+    repeats, flops = 20 if args.device == "gpu" else 3, 2.0 * workload.matmul_size**3
+    return [
+        Contender("JAX", ours, ("matmul", repeats), flops, 1),
+        Contender("PyTorch", torch, ("matmul", repeats), flops, 1),
+    ]
 
 
 def image_latency(
@@ -224,35 +231,16 @@ def run(args: argparse.Namespace, workload: Workload) -> None:
     os.environ["JAX_PLATFORMS"] = platform_name
     ours = Worker(serve_ours, workload)
     torch = Worker(serve_torch, workload, platform_name)
+    ours.wait()
+    torch.wait()
     works = works_of(args, workload, ours, torch)
-    errors = {
-        title: agree(title, contenders, args.dtype)
-        for title, contenders in works.items()
-        if title != MATMUL
-    }
-    times = time_in_turn(works, args.rounds)
-    peaks = 2.0 * workload.matmul_size**3 / times[MATMUL].min(axis=0)
-    print(
-        f"\nmatmul peak ({workload.matmul_size} squared, {args.dtype}): JAX {peaks[0] / 1e9:,.0f}, "
-        f"PyTorch {peaks[1] / 1e9:,.0f} GFLOP/s; 'of peak' is of the larger"
-    )
-    tables = {}
-    for title in works:
-        if title != MATMUL:
-            tables[title] = rows_of(works[title], times[title], float(peaks.max()))
-            print_rows(title, tables[title])
-    token = list(tables.values())[-1][0].seconds
-    bandwidth = weight_bytes(workload.config, args.dtype) / token / 1e9
-    print(f"  ours: {1 / token:.1f} tokens/s, reading weights at {bandwidth:,.1f} GB/s")
+    products = products_of(args, workload, ours, torch)
     versions = ("jax", "jaxlib", "flax", "torch", "transformers")
     sizes = ("device", "dtype", "layers", "vocab_size", "batch", "steps", "rounds")
-    latency = {}
+    errors, latency = {}, {}
     figures = origin(args.device, *versions) | {
         "workload": {name: getattr(args, name) for name in sizes},
         "largest_relative_difference": errors,
-        "matmul_gflops": {"jax": peaks[0] / 1e9, "torch": peaks[1] / 1e9},
-        "tables": {title: [asdict(row) for row in rows] for title, rows in tables.items()},
-        "decode_weights_gb_per_s": bandwidth,
         "image_latency_s": latency,
     }
 
@@ -260,7 +248,27 @@ def run(args: argparse.Namespace, workload: Workload) -> None:
         if args.json:
             write_json(args.json, figures)
 
-    write()
+    times, of_products = {}, []
+    for title, contenders in works.items():
+        errors[title] = agree(title, contenders, args.dtype)
+        times[title], more = time_in_turn(title, contenders, products, args.rounds)
+        of_products.extend(more)
+        # The fastest so far, also for the tables before.
+        peaks = products[0].flops / np.min(of_products, axis=0)
+        tables = {t: rows_of(works[t], seconds, float(peaks.max())) for t, seconds in times.items()}
+        print_rows(title, tables[title])
+        figures["matmul_gflops"] = {"jax": peaks[0] / 1e9, "torch": peaks[1] / 1e9}
+        figures["tables"] = {t: [asdict(row) for row in rows] for t, rows in tables.items()}
+        if title.startswith(TOKEN):
+            token = tables[title][0].seconds
+            bandwidth = weight_bytes(workload.config, args.dtype) / token / 1e9
+            print(f"  ours: {1 / token:.1f} tokens/s, reading weights at {bandwidth:,.1f} GB/s")
+            figures["decode_weights_gb_per_s"] = bandwidth
+        write()
+    print(
+        f"\nmatmul peak ({workload.matmul_size} squared, {args.dtype}): JAX {peaks[0] / 1e9:,.0f}, "
+        f"PyTorch {peaks[1] / 1e9:,.0f} GFLOP/s; 'of peak' is of the fastest until then"
+    )
     for n, rows in zip(args.batch if args.vae else [], tables.values(), strict=False):
         latency[n] = image_latency(ours, n, rows[0].seconds, args.steps, args.rounds)
         write()

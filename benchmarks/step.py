@@ -6,7 +6,8 @@
 The step is train.py's own of configs/pretrain.py, on random weights and one batch that lies on the
 device already: the data pipeline is not in it. Steps are queued behind each other, as train.py's
 loop does. Operations are those of training/flops.py, which counts neither padding nor what remat
-computes again. All settings are compiled at the same time, then run one after another.
+computes again. All settings are compiled at the same time, then run one after another; those that
+certainly do not fit are not compiled.
 """
 
 import argparse
@@ -56,11 +57,12 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class Setting(NamedTuple):
-    """rows: of a batch."""
+    """rows: of a batch; needs: bytes that an H200 needed for it (2026-11-27), 0 where unknown."""
 
     task: str
     rows: int
     remat: str
+    needs: float = 0
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,7 @@ SIZES = {
     "tiny": Size(
         janusflow(LlamaConfig(64, 32, 48, 2, 2), SiglipConfig(384, 16, 16, 1, 2), 16),
         "float32", 1, 648,
-        tuple(Setting(task, 1, remat) for task in (DRAW_FEATURES, UNDERSTAND)
-              for remat in ("none", "full")),
-        256, 1,
+        (Setting(DRAW_FEATURES, 1, "none"), Setting(UNDERSTAND, 1, "full")), 256, 1,
     ),
     # The released proportions at 3/8 of the width: the matrix products have to dominate.
     "small": Size(
@@ -114,9 +114,10 @@ SIZES = {
         janusflow(LlamaConfig(102400, 2048, 5632, 24, 16, 16), SiglipConfig(), 768),
         "bfloat16", 6, 4096,
         (
-            Setting(DRAW_CACHED, 8, "dots"), Setting(DRAW_CACHED, 12, "dots"),
-            Setting(DRAW_CACHED, 4, "none"), Setting(DRAW_CACHED, 16, "full"),
-            Setting(DRAW, 8, "dots"), Setting(UNDERSTAND, 8, "dots"),
+            Setting(DRAW_CACHED, 4, "dots"), Setting(DRAW_CACHED, 8, "dots", 82.3e9),
+            Setting(DRAW_CACHED, 12, "dots", 106.5e9), Setting(DRAW_CACHED, 4, "none", 99.4e9),
+            Setting(DRAW_CACHED, 16, "full", 63.8e9), Setting(DRAW, 8, "dots", 82.6e9),
+            Setting(UNDERSTAND, 4, "dots"), Setting(UNDERSTAND, 8, "dots", 78.8e9),
         ),
         8192,
     ),
@@ -128,7 +129,8 @@ class Row:
     """One setting. seconds: the median step, None where it does not fit; flops: of one step.
 
     state_bytes: of parameters, moments and average; needed_bytes: those, the batch and what the
-    compiler wants beside them; seen_bytes: the most that this process has used so far.
+    compiler wants beside them; seen_bytes: the most that this process has used so far. Where
+    nothing was compiled, needed_bytes are those of Setting and the other numbers None.
     """
 
     task: str
@@ -136,10 +138,10 @@ class Row:
     samples: int
     remat: str
     seconds: float | None
-    flops: float
-    state_bytes: int
+    flops: float | None
+    state_bytes: int | None
     needed_bytes: int
-    seen_bytes: int
+    seen_bytes: int | None
 
 
 def packing(size: Size, rows: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
@@ -202,6 +204,11 @@ def matmul_rate(side: int, dtype: str, clock: Clock, repeats: int = 3) -> float:
 def memory_limit() -> float:
     """Bytes that the device has for us; no end where it does not say."""
     return (jax.devices()[0].memory_stats() or {}).get("bytes_limit", float("inf"))
+
+
+def may_fit(setting: Setting, limit: float) -> bool:
+    """Is it worth compiling? A compiler that finds less room than an H200's saves some of it."""
+    return setting.needs < 1.2 * limit
 
 
 def memory_seen() -> int:
@@ -298,11 +305,19 @@ def run(program: Program, state: TrainState, rounds: int, clock: Clock) -> tuple
     return float(np.median(seconds)), state
 
 
+def row_left_out(setting: Setting, packed: int) -> Row:
+    task, rows, remat, needs = setting
+    return Row(task, rows, rows * packed, remat, None, None, None, int(needs), None)
+
+
 def row_of(program: Program, seconds: float | None, packed: int) -> Row:
     leaves = jax.tree.leaves(program.like)
+    task, rows, remat, _ = program.setting
     return Row(
-        **program.setting._asdict(),
-        samples=program.setting.rows * packed,
+        task=task,
+        rows=rows,
+        samples=rows * packed,
+        remat=remat,
         seconds=seconds,
         flops=program.flops,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
@@ -324,6 +339,8 @@ def main() -> None:
     args = parser.parse_args()
     size = SIZES[args.size]
     settings = tuple(each for each in size.settings if each.task.startswith(args.only or ""))
+    left_out = [each for each in settings if not may_fit(each, memory_limit())]
+    settings = [each for each in settings if each not in left_out]
     device = jax.devices()[0]
     kind = "gpu" if device.platform == "gpu" else "cpu"
     figures = origin(kind, "jax", "jaxlib", "flax")
@@ -331,12 +348,13 @@ def main() -> None:
     clock = CLOCKS[args.clock]
     began = time.perf_counter()
     # On a CPU a compiler has all cores already.
-    with ThreadPoolExecutor(len(settings) if kind == "gpu" else 1) as pool:
+    with ThreadPoolExecutor(max(1, len(settings)) if kind == "gpu" else 1) as pool:
         programs = [each for each in pool.map(partial(prepare, size), settings) if each]
     if not programs:
         parser.error("no setting of this size and task compiles here")
     print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    rates, rows, state, last = [], [], None, None
+    rates, state, last = [], None, None
+    rows = [asdict(row_left_out(each, size.packed)) for each in left_out]
     for program in programs:
         rates.append(matmul_rate(size.matmul, size.dtype, clock))
         seconds = None

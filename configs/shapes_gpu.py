@@ -1,4 +1,4 @@
-"""configs/shapes.py in eight minutes on one GPU: scripts/shapes_gpu.sh has its commands.
+"""configs/shapes.py on one GPU, about nine minutes: scripts/shapes_gpu.sh has its commands.
 
 A larger model sees four times as many pictures. They are made by processes: one Python makes a
 thousand samples a second, and an H200 takes twelve times as many.

@@ -24,6 +24,9 @@ from jax.experimental import multihost_utils
 
 # How long a process tries to reach the others at the start.
 CONNECT_SECONDS = 300
+# The exit status of a process that tried so in vain: EX_UNAVAILABLE. It may be no mistake, but a
+# machine that is away; scripts/until_done.sh tries on.
+MISSING = 69
 # How long the others go on without a sign of life from a process.
 LOST_SECONDS = 60
 # How long a process that has failed waits to see whether all have.
@@ -58,7 +61,7 @@ def start(
 
     Raises ValueError in one sentence for arguments that say too little, and ConnectionError where
     a cluster does not say who the others are. When these have not come after `seconds`, it ends the
-    program with exit status 2 and a sentence.
+    program with exit status MISSING and a sentence.
     """
     given = (coordinator, processes, process)
     if processes == 1:
@@ -99,11 +102,12 @@ def start(
 
 @contextmanager
 def _at_most(seconds: float, sentence: str) -> Iterator[None]:
-    """Ends the program with a sentence when the block takes longer; JAX has but a stack trace."""
+    """Ends the program as MISSING, with a sentence, when the block takes longer; JAX has but a
+    stack trace."""
 
     def end():
         print(sentence, file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(MISSING)
 
     timer = threading.Timer(seconds, end)
     timer.start()

@@ -20,7 +20,7 @@ from PIL import Image
 
 import sample
 import train
-from jflow import distributed, sharding
+from jflow import checkpoints, distributed, sharding
 from jflow.training import runs
 from jflow.training.optimizer import PRETRAINING
 from tests.goldens import REPO
@@ -273,7 +273,8 @@ def test_who_cannot_reach_the_others_says_so_in_time():
     code = f"from jflow import distributed; distributed.start('127.0.0.1:{free_port()}', 2, 1, 3)"
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
-    assert done.returncode == 2 and time.monotonic() - began < 3 + 60  # to import JAX
+    assert done.returncode == distributed.MISSING
+    assert time.monotonic() - began < 3 + 60  # to import JAX
     (sentence,) = done.stderr.splitlines()
     assert sentence.startswith("The 2 processes, at 127.0.0.1:")
     assert "did not all connect within 3 seconds" in sentence
@@ -370,21 +371,27 @@ def test_a_mesh_whose_tensor_axis_joins_the_processes(begin, command, tmp_path, 
 
 @pytest.mark.slow
 def test_five_kills_of_one_process_lose_nothing(begin, tmp_path):
-    """At random moments, most of them in the middle of a save: the other process ends in time, and
+    """At random moments, three times in the middle of a save: the other process ends in time, and
     the restarts come to what an uninterrupted run comes to, bit for bit."""
-    rng, run = np.random.default_rng(0), tmp_path / "killed"
+    rng, run, in_a_save = np.random.default_rng(0), tmp_path / "killed", 0
+
+    def saving() -> bool:
+        return any(not checkpoints.is_checkpoint(folder) for folder in run.glob("[0-9]*"))
+
     for kill in range(5):
         before = runs.steps(run)
         two = begin("killed", 2, "steps=24", "save_every=1", pause=1.0)
-        two.wait_for("rf=")  # The first step is logged, and its save begins.
-        while kill % 2 and runs.steps(run)[:1] == before[:1]:
+        two.wait_for("rf=")  # The first step is logged, and what was left of a save is removed.
+        while runs.steps(run)[:1] == before[:1] if kill % 2 else not saving():
             assert not any(process.poll() for process in two.all), two.printed()
-            time.sleep(0.05)
-        time.sleep(float(rng.uniform(0, 2)))
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 2 if kill % 2 else 0.05)))
         victim = int(rng.integers(2))
         two.all[victim].kill()
         two.all[1 - victim].wait(timeout=END_SECONDS)
         assert two.all[1 - victim].returncode != 0
+        in_a_save += saving()
+    assert in_a_save >= 2
     begin("killed", 2, "steps=24", "save_every=100").finish()
     begin("whole", 2, "steps=24", "save_every=100").finish()
     equal(run, tmp_path / "whole", 24)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import train
+from jflow import distributed
 from tests.goldens import REPO
 
 UNTIL_DONE = [str(REPO / "scripts" / "until_done.sh"), "bash", "-c"]
@@ -46,6 +47,16 @@ def test_failures_far_apart_are_lost_machines(tmp_path):
     run = begin("echo >> turns; [ $(wc -l < turns) = 6 ] || exit 7", tmp_path, TRIES="2", QUICK="0")
     run.communicate(timeout=60)
     assert run.returncode == 0 and turns(tmp_path) == 6
+
+
+def test_waiting_in_vain_for_another_machine_is_no_failure(tmp_path):
+    command = f"echo >> turns; [ $(wc -l < turns) = 6 ] || exit {distributed.MISSING}"
+    run = begin(command, tmp_path, TRIES="2")
+    run.communicate(timeout=60)
+    assert run.returncode == 0 and turns(tmp_path) == 6
+    run = begin(f"echo >> turns; exit {distributed.MISSING}", tmp_path, WAITS="3")
+    run.communicate(timeout=60)
+    assert run.returncode == distributed.MISSING and turns(tmp_path) == 9
 
 
 def test_a_command_that_was_told_to_stop_elsewhere_is_not_run_again(tmp_path):
@@ -235,20 +246,28 @@ def test_slurm_job_saves_and_queues_itself_again_when_its_time_is_over(
     assert not requeued or (tmp_path / "requeue").read_text() == "requeue 17\n"
 
 
+def gpu_checks(folder: Path, python: str, seconds: float) -> subprocess.CompletedProcess:
+    """What benchmarks/gpu.sh leaves in folder/out, on the CPU."""
+    return subprocess.run(
+        ["bash", str(REPO / "benchmarks" / "gpu.sh"), "--device", "cpu"],
+        env=os.environ | {"OUT": str(folder / "out"), "PYTHON": python},
+        capture_output=True, text=True, timeout=seconds, check=False,
+    )  # fmt: skip
+
+
 def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
     """A stand-in for python: the checks fail, the benchmarks write figures."""
     figures = json.dumps({"date": "d", "hardware": "x", "versions": {}, "rows": []})
     put(
         tmp_path / "python",
         f"""case "$*" in
+        -c*) ;;  # All can be imported.
         *report.py*) exec {sys.executable} "$@" ;;
         *test_goldens*) echo wrong; exit 3 ;;
         *step.py*) echo '{figures}' >"${{@: -1}}" ;;
         esac""",
     )
-    environment = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(tmp_path / "python")}
-    command = ["bash", str(REPO / "benchmarks" / "gpu.sh"), "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = gpu_checks(tmp_path, str(tmp_path / "python"), 120)
     assert done.returncode == 1
     (found,) = (tmp_path / "out").glob("*_cpu.json")
     figures = json.loads(found.read_text())
@@ -257,6 +276,25 @@ def test_gpu_checks_go_on_behind_a_failure_and_leave_one_file(tmp_path):
     assert figures["hardware"] == "x" and figures["step"] == {"rows": []}
     (log,) = (tmp_path / "out").glob("*_checks.txt")
     assert log.read_text() == "wrong\n" and "| checks | failed |" in done.stdout
+
+
+def test_gpu_checks_say_at_once_what_is_missing(tmp_path):
+    put(tmp_path / "python", "echo No module named grain >&2; exit 1")
+    done = gpu_checks(tmp_path, str(tmp_path / "python"), 60)
+    assert done.returncode == 2 and done.stderr == "No module named grain\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.slow
+def test_gpu_checks_run_whole_on_a_cpu(tmp_path):
+    done = gpu_checks(tmp_path, sys.executable, 1800)
+    assert done.returncode == 0, done.stdout
+    (found,) = (tmp_path / "out").glob("*_cpu.json")
+    figures = json.loads(found.read_text())
+    assert {check["status"] for check in figures["checks"].values()} == {0}
+    assert all(row["seconds"] for row in figures["step"]["rows"])
+    assert len(figures["sampling"]["tables"]) == 2
+    assert figures["sampling"]["image_latency_s"].keys() == {"1"}
 
 
 SCRIPTS = [*sorted((REPO / "scripts").iterdir()), REPO / "benchmarks" / "gpu.sh"]

@@ -1,7 +1,9 @@
-"""The training step's benchmark: what its batches hold, and the tables of the figures."""
+"""The training step's benchmark: what its batches hold and what it leaves out; what the sampling
+one leaves when it is stopped; and the tables of the figures."""
 
 import json
-from dataclasses import replace
+from argparse import Namespace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -52,6 +54,51 @@ def test_full_size_costs_what_the_floors_say():
         cost = flops.step_cost(size.model, vae, 2048, trained, step.CACHED[task])
         one = cost.of(flops.count_work(step.make_batch(size, task, 1))) / size.packed
         assert one == pytest.approx(1e12 * teraflops, rel=0.05)
+
+
+def test_what_certainly_does_not_fit_is_shown_without_being_compiled():
+    """On an H100, whose limit is 78.7 GB."""
+    import report
+    import step
+
+    size = step.SIZES["full"]
+    left_out = [each for each in size.settings if not step.may_fit(each, 78.7e9)]
+    assert {(each.rows, each.remat) for each in left_out} == {(12, "dots"), (4, "none")}
+    assert all(step.may_fit(each, float("inf")) for each in size.settings)
+    rows = [asdict(step.row_left_out(each, size.packed)) for each in left_out]
+    shown = report.step_table({"rows": rows, "peak": 1e15})
+    assert "| generation, latents cached | 72 in 12 | dots | does not fit | | | | 106.5 |" in shown
+
+
+def test_sampling_that_is_stopped_leaves_the_tables_before(tmp_path, monkeypatch):
+    """One side ends when it is asked for its first answer."""
+    import ours
+    import report
+    import sampling
+
+    def job(name, *arguments):
+        if name == "answer":
+            raise EOFError
+        return 0.1, np.ones(2)
+
+    monkeypatch.setattr(ours, "write_weights", lambda workload: None)
+    monkeypatch.setattr(sampling, "Worker", lambda *_: job)
+    job.wait = lambda: None
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    file = tmp_path / "sampling.json"
+    args = Namespace(
+        device="cpu", dtype="float32", layers=1, vocab_size=64, batch=[1, 2], steps=2, rounds=3,
+        vae=True, json=file,
+    )  # fmt: skip
+    config = sampling.released_config(args.layers, args.vocab_size)
+    workload = sampling.Workload(tmp_path, config, args.dtype, args.steps, 24, 600, 32, 64)
+    with pytest.raises(EOFError):
+        sampling.run(args, workload)
+    figures = json.loads(file.read_text())
+    first, second = figures["tables"]
+    assert "batch 1" in first and "batch 2" in second
+    assert len(figures["tables"][first][0]["ratios"]) == 3 and figures["image_latency_s"] == {}
+    assert f"| **{second}: jflow** | 50 | 1 |" in report.tables(figures)
 
 
 def test_parts_are_joined_and_made_into_tables(tmp_path, monkeypatch, capsys):
