@@ -40,7 +40,7 @@ def run(tiny_ckpt, tmp_path_factory):
     file, *_ = write(folder, tiny_ckpt, RECORDS)
     cache = folder / "cache"
     assert main(["cache", file, f"--out={cache}", "--batch=4"]) == 0
-    config = load(folder / "config.py", [f"data.cache={cache}"])
+    config = load(folder / "config.py", [f"data.cache={cache}", "data.max_broken_share=1"])
     params, models, files = checkpoints.load_checkpoint(tiny_ckpt)
     return config, params, models, files
 

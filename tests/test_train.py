@@ -75,7 +75,7 @@ def command(tiny_ckpt, tmp_path_factory):
 
 def start(command, run, *more):
     return subprocess.Popen(
-        [sys.executable, "train.py", *command, "--run", str(run), *more],
+        [sys.executable, "-u", "train.py", *command, "--run", str(run), *more],
         cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -189,6 +189,8 @@ def test_five_kills_at_random_moments_lose_nothing(command, uninterrupted, tmp_p
 
     for kill in range(5):
         process = start(command, run, "save_every=1")
+        lines = iter(process.stdout.readline, "")
+        assert any("test: step" in line for line in lines)  # What was left of a save is removed.
         while not (kill % 2 or saving()):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.002)
