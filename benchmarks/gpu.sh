@@ -6,9 +6,9 @@
 #     bash benchmarks/gpu.sh                   # writes <date>_gpu.json in $OUT or benchmarks/results
 #     bash benchmarks/gpu.sh --device cpu      # the same parts, tiny: whether this script works
 #
-# Needs python3 (or $PYTHON) with jflow's dependencies, pytest and torch; nothing is installed, and
-# what is missing is said at once. A part that fails or takes too long leaves its log, and the
-# others go on; the file is written anew after each.
+# Needs python3 (or $PYTHON) with jflow's dependencies, pytest, pytest-xdist and torch; nothing is
+# installed, and what is missing is said at once. A part that fails or takes too long leaves its log,
+# and the others go on; the file is written anew after each.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 device=gpu
@@ -31,7 +31,7 @@ sampling=(--device gpu --vae --rounds 2)
 compared="gpu or logits or velocity or guided"
 # Seconds for the step and the checks, and from the start until the last part has to be over: a
 # lease's call ends after 600.
-step_limit=240 checks_limit=150 deadline=560
+step_limit=270 checks_limit=120 deadline=560
 # What is compared needs no best products, and finding them takes minutes.
 quick=--xla_gpu_autotune_level=0\ --xla_gpu_enable_triton_gemm=false
 if [ $device = cpu ]; then
@@ -47,7 +47,7 @@ failed=0 checks=
 XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -c "
 import sys
 sys.path.insert(0, 'benchmarks')
-import pytest, ours, sampling, step, torch_reference, tests.test_attention, tests.test_goldens
+import pytest, xdist, ours, sampling, step, torch_reference, tests.test_attention, tests.test_goldens
 import jax
 print('jax', jax.__version__, *jax.devices())" || exit 2
 echo "== preflight: $SECONDS s"
@@ -66,9 +66,9 @@ part() {
 }
 
 part step $step_limit "$python" benchmarks/step.py "${step[@]}" --json "$parts/step.json"
-# Nor do they need all of the memory.
+# Nor do they need all of the memory, and several compile at a time.
 XLA_FLAGS="${XLA_FLAGS:-} $quick" XLA_PYTHON_CLIENT_PREALLOCATE=false \
-    part checks $checks_limit "$python" -m pytest -q tests/test_attention.py tests/test_goldens.py \
+    part checks $checks_limit "$python" -m pytest -q -n 4 tests/test_attention.py tests/test_goldens.py \
     -k "$compared"
 # All of the time that is left: it writes what it has after each of its tables.
 part sampling $((deadline - SECONDS)) "$python" benchmarks/sampling.py "${sampling[@]}" \

@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -229,10 +230,12 @@ def run(args: argparse.Namespace, workload: Workload) -> None:
     write_weights(workload)
     platform_name = "cuda" if args.device == "gpu" else "cpu"
     os.environ["JAX_PLATFORMS"] = platform_name
+    began = time.perf_counter()
     ours = Worker(serve_ours, workload)
     torch = Worker(serve_torch, workload, platform_name)
     ours.wait()
     torch.wait()
+    print(f"both have loaded after {time.perf_counter() - began:.0f} s", flush=True)
     works = works_of(args, workload, ours, torch)
     products = products_of(args, workload, ours, torch)
     versions = ("jax", "jaxlib", "flax", "torch", "transformers")
