@@ -5,7 +5,9 @@ import json
 import pickle
 import shutil
 import tarfile
+from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -231,7 +233,10 @@ def test_webdataset_groups_members_by_key(tmp_path):
     assert pickle.loads(pickle.dumps(source))[0] == source[0]
 
 
-def test_gs_paths_through_fsspec(monkeypatch):
+def test_gs_paths_through_fsspec(monkeypatch, tmp_path):
+    """Records are fetched by their bytes: an open file would read a block ahead for each."""
+    fetched = []
+
     class Bucket(MemoryFileSystem):
         protocol = ("gcs", "gs")
         store, pseudo_dirs = {}, [""]
@@ -240,13 +245,32 @@ def test_gs_paths_through_fsspec(monkeypatch):
         def _strip_protocol(cls, path):
             return super()._strip_protocol(str(path).removeprefix("gs://").removeprefix("gcs://"))
 
+        def cat_file(self, path, start=None, end=None, **kwargs):
+            fetched.append((path, start, end))
+            return super().cat_file(path, start, end, **kwargs)
+
     bucket = Bucket()
     monkeypatch.setattr(type(fsspec_backend), "fs", lambda self, path: bucket)
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda url: (bucket, url.removeprefix("gs:/")))
     bucket.pipe("/bucket/a.png", png())
-    bucket.pipe("/bucket/data.jsonl", b'{"image": "a.png", "caption": "in a bucket"}\n')
+    line = b'{"image": "a.png", "caption": "in a bucket"}\n'
+    bucket.pipe("/bucket/data.jsonl", b"\n" + line + line)
     source = open_source("jsonl", "gs://bucket/data.jsonl")
-    assert source[0] == {"caption": "in a bucket", "images": [png()]}
-    assert source.name(0) == "gs://bucket/data.jsonl line 1"
+    assert source[0] == source[1] == {"caption": "in a bucket", "images": [png()]}
+    assert source.name(0) == "gs://bucket/data.jsonl line 2"
+    first, second = 1 + len(line), 1 + 2 * len(line)
+    assert fetched == [("/bucket/data.jsonl", 1, first), ("/bucket/data.jsonl", first, second)]
+
+    tar = write_tar(tmp_path / "a.tar", {"a.png": png(), "a.txt": b"a caption", "b.txt": b""})
+    bucket.pipe("/bucket/a.tar", Path(tar).read_bytes())
+    source, fetched[:] = open_source("webdataset", "gs://bucket/a.tar"), []
+    assert source[0] == {"caption": "a caption", "images": [png()]}
+    assert [end - start for _, start, end in fetched] == [len(png()), len(b"a caption")]
+    assert pickle.loads(pickle.dumps(source))[0] == source[0]
+    bucket.rm("/bucket/a.tar")
+    with pytest.raises(OSError, match="gs://bucket/a.tar was there and is gone") as caught:
+        source[0]
+    assert caught.type is OSError
 
 
 # Files that cannot be opened: one sentence, at once.

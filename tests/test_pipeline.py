@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from jflow.data import streams
 from jflow.data.mixture import (
     DataConfig,
     MixtureConfig,
@@ -247,6 +249,14 @@ def test_workers_change_nothing(damaged):
     for whole in (found, [*found[:2], *later]):
         for (a, _), (b, _) in zip(whole, expected, strict=True):
             assert_same(a, b)
+
+
+def test_a_worker_does_not_index_the_sources_again(config, monkeypatch):
+    made = loader(config)
+    ((expected, _),) = itertools.islice(made.batches(), 1)
+    monkeypatch.setattr(streams, "open_source", None)
+    ((found, _),) = itertools.islice(pickle.loads(pickle.dumps(made)).batches(), 1)
+    assert_same(found, expected)
 
 
 def test_every_process_names_the_same_broken_records(damaged):

@@ -15,7 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import jax
@@ -107,10 +107,6 @@ class Loader:
             )
         if bool(config.cache) != (cache is not None):
             raise ValueError(f"The cache {config.cache!r} must be opened for the loader.")
-        self._made_from = (
-            *(config, tokenizer, processor, image_size, latent_tokens),
-            *(process_index, process_count, row_multiple, cache),
-        )
         self._config, self._cache = config, cache
         self.format = Format(
             tokenizer=tokenizer,
@@ -129,13 +125,20 @@ class Loader:
             for task in TASKS
             if task in served
         }
-        self._jobs = functools.lru_cache(maxsize=16)(self._list_jobs)
+        self._remember()
         starts = [phase.from_step for phase in config.mixture]
         self._jobs_per_step = max(self._most_jobs(step) for step in starts)
 
-    def __reduce__(self):
-        """Another process opens the sources for itself."""
-        return Loader, self._made_from
+    def _remember(self) -> None:
+        self._jobs = functools.lru_cache(maxsize=16)(self._list_jobs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process gets the sources as they are indexed here: that is not done again."""
+        return {name: value for name, value in vars(self).items() if name != "_jobs"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._remember()
 
     def records(self) -> dict[str, int]:
         """How many records every source has, by its task, path and split."""

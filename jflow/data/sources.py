@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import fsspec
 import numpy as np
 from etils import epath
 
@@ -93,6 +94,22 @@ def _opened(file: epath.Path) -> Iterator[Any]:
         raise OSError(f"{file} was there and is gone: bring it back.") from error
     with opened:
         yield opened
+
+
+def _read(file: epath.Path, start: int, stop: int) -> bytes:
+    """These bytes of the file of records. Of a bucket's nothing else is fetched: what is opened
+    there reads megabytes ahead, for a record of some kilobytes."""
+    if "://" not in str(file):
+        with _opened(file) as opened:
+            opened.seek(start)
+            return opened.read(stop - start)
+    if start == stop:
+        return b""  # No range that can be asked for.
+    bucket, path = fsspec.url_to_fs(str(file))
+    try:
+        return bucket.cat_file(path, start, stop)
+    except FileNotFoundError as error:
+        raise OSError(f"{file} was there and is gone: bring it back.") from error
 
 
 class TfdsSource:
@@ -168,9 +185,7 @@ class JsonlSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, _, start, stop = self._places[index]
-        with _opened(self._files[file]) as opened:
-            opened.seek(int(start))
-            data = opened.read(int(stop - start))
+        data = _read(self._files[file], int(start), int(stop))
         raw = json_object(data, "the entry" if _is_array(self._files[file]) else "the line")
         folder = self._image_folder or self._files[file].parent
         return to_record(raw, self._fields, epath.Path(folder))
@@ -276,19 +291,17 @@ class WebdatasetSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         (number, _), places = self._members[index]
         raw: dict[str, Any] = {}
-        with _opened(self._files[number]) as tar:
-            # The .json first: names of images in it are of those that lie beside it.
-            for suffix, (offset, size) in sorted(places.items(), key=lambda x: (x[0] != "json", x)):
-                tar.seek(offset)
-                data = tar.read(size)
-                if len(data) < size:
-                    raise ValueError(f"its .{suffix} is cut off")
-                if suffix in _IMAGE_SUFFIXES:
-                    raw |= {"image": data, "images": None}
-                elif suffix == "txt":
-                    raw["caption"] = decode(data)
-                elif suffix == "json":
-                    raw |= json_object(data, "its .json")
+        # The .json first: names of images in it are of those that lie beside it.
+        for suffix, (offset, size) in sorted(places.items(), key=lambda x: (x[0] != "json", x)):
+            data = _read(self._files[number], offset, offset + size)
+            if len(data) < size:
+                raise ValueError(f"its .{suffix} is cut off")
+            if suffix in _IMAGE_SUFFIXES:
+                raw |= {"image": data, "images": None}
+            elif suffix == "txt":
+                raw["caption"] = decode(data)
+            elif suffix == "json":
+                raw |= json_object(data, "its .json")
         return to_record(raw, self._fields, None)
 
     def name(self, index: int) -> str:
