@@ -12,6 +12,8 @@
 # TYPE and RUNTIME: v5litepod-64 with v2-alpha-tpuv5-lite, v5p-64 (counted in cores: 32 chips) with
 # v2-alpha-tpuv5, v6e-64 with v2-alpha-tpuv6e. The run folder must be one that all hosts see; MOUNT
 # is a command that makes it so, run on each host by every `install`, so it must bear repetition.
+# JAX_COMPILATION_CACHE_DIR, there or in a bucket, is handed on: a slice that comes back then compiles
+# nothing anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TPU:?a name for the slice}" "${ZONE:?a zone, as us-west4-a}"
@@ -42,7 +44,9 @@ install() (
 
 train() {
     # It goes on without this connection; `stop` needs the loop's number, `keep` how it ended.
-    on_all "cd jflow && rm -f train.pid train.status && { setsid nohup bash -c '
+    local folder=${JAX_COMPILATION_CACHE_DIR:-} cache=
+    [ -z "$folder" ] || cache="export JAX_COMPILATION_CACHE_DIR=$(printf %q "$folder") &&"
+    on_all "cd jflow && $cache rm -f train.pid train.status && { setsid nohup bash -c '
         scripts/until_done.sh \"\$@\" & echo \$! >train.pid; wait \$!; echo \$? >train.status
     ' - .venv/bin/python train.py $(printf '%q ' "$@") >>train.log 2>&1 </dev/null & }"
 }

@@ -125,9 +125,17 @@ def test_tpu_train_passes_arguments_and_stop_lets_it_save(tmp_path):
     assert tpu("train", "--config", "a b.py", "name='x y'").returncode == 0
     noted = wait_for(tmp_path / "jflow" / "noted", "begun")
     assert noted.startswith("<train.py><--config><a b.py><name='x y'>")
+    assert "JAX_COMPILATION_CACHE_DIR" not in (tmp_path / "calls").read_text()
     assert tpu("stop").returncode == 0
     wait_for(tmp_path / "jflow" / "noted", "saved")
     assert tpu("fly").returncode == 2
+    (tmp_path / "jflow" / "noted").unlink()
+    settings["JAX_COMPILATION_CACHE_DIR"] = "/mnt/a b"
+    assert tpu("train").returncode == 0
+    wait_for(tmp_path / "jflow" / "noted", "begun")
+    assert tpu("stop").returncode == 0
+    wait_for(tmp_path / "jflow" / "noted", "saved")
+    assert r"export JAX_COMPILATION_CACHE_DIR=/mnt/a\ b && " in (tmp_path / "calls").read_text()
 
 
 def test_tpu_keep_rents_again_what_was_taken_away_and_ends_with_training(tmp_path):
