@@ -21,7 +21,7 @@ import json
 import re
 import tarfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -91,25 +91,31 @@ def _opened(file: epath.Path) -> Iterator[Any]:
     try:
         opened = file.open("rb")
     except FileNotFoundError as error:
-        raise OSError(f"{file} was there and is gone: bring it back.") from error
+        raise _gone(file) from error
     with opened:
         yield opened
 
 
-def _read(file: epath.Path, start: int, stop: int) -> bytes:
-    """These bytes of the file of records. Of a bucket's nothing else is fetched: what is opened
-    there reads megabytes ahead, for a record of some kilobytes."""
+def _read(file: epath.Path, places: Sequence[tuple[int, int]]) -> list[bytes]:
+    """What stands at (first byte, size) of the file of records. Of a bucket's nothing else is
+    fetched: what is opened there reads megabytes ahead, for a record of some kilobytes."""
     if "://" not in str(file):
+        found = []
         with _opened(file) as opened:
-            opened.seek(start)
-            return opened.read(stop - start)
-    if start == stop:
-        return b""  # No range that can be asked for.
+            for start, size in places:
+                opened.seek(start)
+                found.append(opened.read(size))
+        return found
     bucket, path = fsspec.url_to_fs(str(file))
     try:
-        return bucket.cat_file(path, start, stop)
+        # Of no bytes there is no range to ask for.
+        return [bucket.cat_file(path, at, at + size) if size else b"" for at, size in places]
     except FileNotFoundError as error:
-        raise OSError(f"{file} was there and is gone: bring it back.") from error
+        raise _gone(file) from error
+
+
+def _gone(file: epath.Path) -> OSError:
+    return OSError(f"{file} was there and is gone: bring it back.")
 
 
 class TfdsSource:
@@ -185,7 +191,7 @@ class JsonlSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, _, start, stop = self._places[index]
-        data = _read(self._files[file], int(start), int(stop))
+        (data,) = _read(self._files[file], [(int(start), int(stop - start))])
         raw = json_object(data, "the entry" if _is_array(self._files[file]) else "the line")
         folder = self._image_folder or self._files[file].parent
         return to_record(raw, self._fields, epath.Path(folder))
@@ -292,8 +298,9 @@ class WebdatasetSource:
         (number, _), places = self._members[index]
         raw: dict[str, Any] = {}
         # The .json first: names of images in it are of those that lie beside it.
-        for suffix, (offset, size) in sorted(places.items(), key=lambda x: (x[0] != "json", x)):
-            data = _read(self._files[number], offset, offset + size)
+        members = dict(sorted(places.items(), key=lambda x: (x[0] != "json", x)))
+        found = _read(self._files[number], list(members.values()))
+        for (suffix, (_, size)), data in zip(members.items(), found, strict=True):
             if len(data) < size:
                 raise ValueError(f"its .{suffix} is cut off")
             if suffix in _IMAGE_SUFFIXES:
